@@ -1,0 +1,411 @@
+"""Curvature blocks: one layer's Fisher matrix as a basis and a rescaling, and what it can do.
+
+A block stands for ``F̂ = (U_in ⊗ U_out) diag(s) (U_in ⊗ U_out)ᵀ``. Which factors the basis comes
+from and what the rescaling ``s`` is make the four methods; both choices are named in the modules
+`kfac`, `ekfac`, `tkfac` and `tekfac`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from tekfac.damping import damping_of
+from tekfac.factors import Factors
+from tekfac.layers import Layer, Sample
+from tekfac.linalg import eigh
+from tekfac.statistics import averaged, carried_over, squared_gradients
+
+DENSE_LIMIT = 8192
+
+
+@dataclass
+class Basis:
+    """Eigenvectors (columns) and eigenvalues of a pair of factors.
+
+    Args:
+        input: ``U_in``, ``(G, d_in, d_in)``.
+        output: ``U_out``, ``(G, d_out, d_out)``.
+        input_values: ``(G, d_in)``, not negative.
+        output_values: ``(G, d_out)``, not negative.
+    """
+
+    input: Tensor
+    output: Tensor
+    input_values: Tensor
+    output_values: Tensor
+
+    def rotate(self, matrix: Tensor) -> Tensor:
+        """``U_outᵀ V U_in``: a ``(G, d_out, d_in)`` matrix in the basis."""
+        return self.output.mT @ matrix @ self.input
+
+    def rotate_back(self, matrix: Tensor) -> Tensor:
+        """``U_out V U_inᵀ``, the inverse of `rotate`."""
+        return self.output @ matrix @ self.input.mT
+
+
+@dataclass(frozen=True)
+class Due:
+    """What a block is to do in the coming step."""
+
+    factors: bool = True
+    scale: bool = True
+    basis: bool = True
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of a block's statistics in a step."""
+
+    skipped: bool = False
+    """The batch's statistics were not finite and were left out."""
+    failed: bool = False
+    """The eigendecomposition failed and the last good basis was kept."""
+
+
+class Block(ABC):
+    """The curvature of one layer.
+
+    Vectors are flat or matrices of shape `shape`, flat ones in the order of
+    ``torch.cat([weight.flatten(1), bias[:, None]], 1).flatten()``.
+
+    Args:
+        layer: the layer.
+        group: the optimizer's parameter group of the layer's weight; its ``damping`` is used.
+    """
+
+    make_factors: ClassVar[type[Factors]]
+    trace_damping: ClassVar[bool]
+    """Whether the method knows the paper's damping (3.5) and β."""
+
+    def __init__(self, layer: Layer, group: dict[str, Any]) -> None:
+        self.layer = layer
+        self.group = group
+        self.factors = self.make_factors()
+        self.basis: Basis | None = None
+        self.fc_scale: Tensor | float = 1.0
+        """β of the paper: the block is this times the layer's Fisher matrix."""
+        self.due = Due()
+        self.silent = False
+        """Measured, and found to get no gradient at all, before there was any estimate."""
+        self._examples = 0
+        self._pending: list[Sample] = []
+
+    # -- what a curious user asks ------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        """The layer's name in the model."""
+        return self.layer.name
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(d_out, d_in)`` of the layer's matrix; ``d_in`` counts the bias."""
+        return self.layer.shape
+
+    @property
+    def groups(self) -> int:
+        """Groups of a convolution: the block is block-diagonal over them. 1 elsewhere."""
+        return self.layer.groups
+
+    @property
+    def dim(self) -> int:
+        """Rows of the block, ``d_out d_in``."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is no curvature yet (no batch has been measured)."""
+        return self.basis is None
+
+    @property
+    def trace(self) -> float:
+        """Trace of the block, by the running estimate."""
+        return float(self.fc_scale * self.fisher_trace())
+
+    @property
+    def damping(self) -> float:
+        """The damping λ in use now."""
+        return float(self._damping())
+
+    @property
+    def eigenvalues(self) -> Tensor:
+        """The block's eigenvalues, undamped, ``(d_out, d_in)``, one per coordinate of the basis."""
+        self._require_basis()
+        return self._eigenvalues().reshape(self.shape)
+
+    def matvec(self, vector: Tensor) -> Tensor:
+        """``F̂ v``, without damping, in the shape of ``vector``."""
+        basis = self._require_basis()
+        matrix = self._grouped(vector)
+        return basis.rotate_back(self._eigenvalues() * basis.rotate(matrix)).reshape(vector.shape)
+
+    def inverse_matvec(self, vector: Tensor) -> Tensor:
+        """``(F̂ + λ I)⁻¹ v``, or the method's factored form of it, in the shape of ``vector``."""
+        return self.precondition(self._grouped(vector)).reshape(vector.shape)
+
+    def dense(self, damped: bool = False) -> Tensor:
+        """The block as a matrix, ``(d_out d_in, d_out d_in)``.
+
+        Args:
+            damped: include the damping, so that the result is what `inverse_matvec` inverts.
+
+        Raises:
+            ValueError: if the block has more than 8192 rows.
+        """
+        basis = self._require_basis()
+        if self.dim > DENSE_LIMIT:
+            raise ValueError(
+                f"block {self.name!r} has {self.dim} rows; dense() makes matrices of up to "
+                f"{DENSE_LIMIT} rows: use matvec or inverse_matvec"
+            )
+        values = self._damped_eigenvalues() if damped else self._eigenvalues()
+        parts = []
+        for u_in, u_out, s in zip(basis.input, basis.output, values, strict=True):
+            vectors = torch.kron(u_out, u_in)
+            parts.append((vectors * s.flatten()) @ vectors.mT)
+        return torch.block_diag(*parts)  # type: ignore[no-any-return]
+
+    # -- what the optimizer asks -------------------------------------------------------------------
+
+    @property
+    def listening(self) -> bool:
+        """Whether the coming step needs statistics of this block."""
+        return self.due.factors or self.due.scale
+
+    def observe(self, sample: Sample) -> None:
+        """Take the statistics of one backward pass into the sums of the step."""
+        if sample.draw == 0:
+            self._examples += sample.examples
+        if self.due.factors:
+            for a, g in self.layer.chunks(sample):
+                self.factors.add(a, g, 1 / sample.draws)
+
+    def precondition(self, matrix: Tensor) -> Tensor:
+        """``(F̂ + λ I)⁻¹ ∇h`` for a ``(G, d_out, d_in)`` gradient (2.5): rotate, rescale, rotate."""
+        basis = self._require_basis()
+        return basis.rotate_back(basis.rotate(matrix) / self._damped_eigenvalues())
+
+    def update(
+        self, gradient_scale: float | None, factor_decay: float, scale_decay: float
+    ) -> Report:
+        """Bring the estimate up to date: factors, basis, rescaling, as far as they are due.
+
+        Args:
+            gradient_scale: what the output gradients observed are to be multiplied by; None for
+                the number of examples observed.
+            factor_decay: ε2 of (3.6) and (3.7).
+            scale_decay: ε1 of (3.8).
+        """
+        examples = self._examples
+        scale = float(examples) if gradient_scale is None else gradient_scale
+        skipped = failed = False
+        if examples and self.due.factors:
+            if self.empty and self.factors.silent:
+                self.silent = True
+                self.discard()
+                return Report()
+            skipped = not self.factors.update(examples, scale, factor_decay)
+        if not skipped and self.due.basis and not self.factors.empty:
+            failed = not self._refresh()
+        if examples and not skipped and self.basis is not None:
+            skipped = not self._rescale(examples, scale, scale_decay)
+        self.discard()
+        return Report(skipped, failed)
+
+    @abstractmethod
+    def fisher_trace(self) -> Tensor:
+        """``tr F_l`` by the running estimate, without ``fc_scale``, 0-dimensional."""
+
+    def discard(self) -> None:
+        """Forget what was observed since the last update."""
+        self.factors.clear()
+        self._pending = []
+        self._examples = 0
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything the block has learnt, as tensors by name."""
+        state = {f"factor.{name}": value for name, value in self.factors.state_dict().items()}
+        if self.basis is not None:
+            state |= {f"basis.{name}": value for name, value in vars(self.basis).items()}
+        state["silent"] = torch.tensor(self.silent)
+        return state
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take over what `state_dict` gave, on the layer's device, in copies."""
+        self.discard()
+        device = self.layer.parameters[0].device
+        state = {name: value.to(device, copy=True) for name, value in state.items()}
+        self.factors.load_state_dict(_under(state, "factor."))
+        basis = _under(state, "basis.")
+        self.basis = Basis(**basis) if basis else None
+        self.silent = bool(state["silent"])
+
+    # -- what the rescaling decides ----------------------------------------------------------------
+
+    @abstractmethod
+    def _eigenvalues(self) -> Tensor:
+        """The undamped eigenvalues, ``(G, d_out, d_in)``."""
+
+    @abstractmethod
+    def _damped_eigenvalues(self) -> Tensor:
+        """What a gradient in the basis is divided by, ``(G, d_out, d_in)``, positive."""
+
+    def _rescale(self, examples: int, gradient_scale: float, decay: float) -> bool:
+        """Average the batch's rescaling in; whether it was finite."""
+        return True
+
+    def _change_basis(self, old: Basis, new: Basis) -> None:  # noqa: B027
+        """Called when the basis is refreshed; nothing to do where the rescaling comes with it."""
+
+    # -- inside ------------------------------------------------------------------------------------
+
+    def _refresh(self) -> bool:
+        assert self.factors.input is not None
+        assert self.factors.output is not None
+        input, output = eigh(self.factors.input), eigh(self.factors.output)
+        if input is None or output is None:
+            return False
+        new = Basis(input[1], output[1], input[0], output[0])
+        if self.basis is not None:
+            self._change_basis(self.basis, new)
+        self.basis = new
+        return True
+
+    def _damping(self) -> Tensor:
+        return damping_of(self.group["damping"], self.fc_scale * self.fisher_trace(), self.dim)
+
+    def _require_basis(self) -> Basis:
+        if self.empty or self.basis is None:
+            raise RuntimeError(
+                f"block {self.name!r} has no curvature yet: it comes with the first step() whose "
+                "backward pass reaches the layer"
+            )
+        return self.basis
+
+    def _grouped(self, vector: Tensor) -> Tensor:
+        if vector.shape not in {self.shape, (self.dim,)}:
+            raise ValueError(
+                f"block {self.name!r} takes vectors of shape {self.shape} or ({self.dim},), "
+                f"got {tuple(vector.shape)}"
+            )
+        return vector.reshape(self.groups, self.layer.d_out, self.layer.d_in).to(self.layer.dtype)
+
+
+class FactoredBlock(Block):
+    """Rescaled by the eigenvalues of its own factors: ``c · D_in ⊗ D_out`` (paper, 2.6 and 3.1).
+
+    ``c`` is the factors' coefficient, 1 or ``δ``. Damping is factored Tikhonov damping on ``√c``
+    times each factor:
+    ``(√c D_in + π √λ) ⊗ (√c D_out + √λ/π)``, ``π² = (tr input/d_in) / (tr output/d_out)``.
+    """
+
+    def _eigenvalues(self) -> Tensor:
+        basis = self._require_basis()
+        coefficient = self.fc_scale * self.factors.coefficient
+        return (
+            coefficient[:, None, None]
+            * basis.output_values[:, :, None]
+            * basis.input_values[:, None]
+        )
+
+    def _damped_eigenvalues(self) -> Tensor:
+        basis = self._require_basis()
+        root = (self.fc_scale * self.factors.coefficient).sqrt()[:, None]
+        damping = self._damping().sqrt()
+        input, output = root * basis.input_values, root * basis.output_values
+        ratio = input.mean(1, keepdim=True) / output.mean(1, keepdim=True)
+        # A factor that vanishes says nothing about how to share the damping out.
+        pi = torch.where(ratio.isfinite() & (ratio > 0), ratio, 1).sqrt()
+        return (output + damping / pi)[:, :, None] * (input + damping * pi)[:, None]
+
+    def fisher_trace(self) -> Tensor:
+        input, output = self.factors.input, self.factors.output
+        assert input is not None
+        assert output is not None
+        traces = [factor.diagonal(dim1=1, dim2=2).sum(1) for factor in (input, output)]
+        return (self.factors.coefficient * traces[0] * traces[1]).sum()
+
+
+class CorrectedBlock(Block):
+    """Rescaled by second moments in its basis: ``E[(U_outᵀ D_n U_in)^∘2]`` (paper, 2.7 and 3.2).
+
+    It is the best diagonal there is in this basis (Theorem 3.1), and its sum is the trace of ``F``.
+    Damping is added to it (3.4).
+    """
+
+    def __init__(self, layer: Layer, group: dict[str, Any]) -> None:
+        super().__init__(layer, group)
+        self.scale: Tensor | None = None
+        """``S`` or ``Λ``, ``(G, d_out, d_in)``."""
+        self._sum: Tensor | None = None
+
+    @property
+    def empty(self) -> bool:
+        return super().empty or self.scale is None
+
+    def observe(self, sample: Sample) -> None:
+        super().observe(sample)
+        if self.due.scale:
+            if self.due.basis:
+                self._pending.append(sample)  # until the basis that it belongs to is known
+            else:
+                self._add(sample)
+
+    def discard(self) -> None:
+        super().discard()
+        self._sum = None
+
+    def state_dict(self) -> dict[str, Tensor]:
+        state = super().state_dict()
+        return state if self.scale is None else state | {"scale": self.scale}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        super().load_state_dict(state)
+        scale = state.get("scale")
+        device = self.layer.parameters[0].device
+        self.scale = None if scale is None else scale.to(device, copy=True)
+
+    def _add(self, sample: Sample) -> None:
+        basis = self.basis
+        assert basis is not None
+        for a, g in self.layer.chunks(sample):
+            squares = squared_gradients(a, g, basis.input, basis.output)
+            self._sum = squares if self._sum is None else self._sum + squares
+
+    def _rescale(self, examples: int, gradient_scale: float, decay: float) -> bool:
+        for sample in self._pending:
+            self._add(sample)
+        if self._sum is None:
+            return True
+        if not bool(torch.isfinite(self._sum).all()):
+            return False
+        self.scale = averaged(self.scale, self._sum * (gradient_scale**2 / examples), decay)
+        return True
+
+    def _change_basis(self, old: Basis, new: Basis) -> None:
+        if self.scale is not None:
+            self.scale = carried_over(
+                self.scale, old.input.mT @ new.input, old.output.mT @ new.output
+            )
+
+    def _eigenvalues(self) -> Tensor:
+        assert self.scale is not None
+        return self.fc_scale * self.scale
+
+    def _damped_eigenvalues(self) -> Tensor:
+        return self._eigenvalues() + self._damping()
+
+    def fisher_trace(self) -> Tensor:
+        assert self.scale is not None
+        return self.scale.sum()
+
+
+def _under(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {
+        name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)
+    }

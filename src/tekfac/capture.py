@@ -1,0 +1,261 @@
+"""What a layer saw: inputs and output gradients, taken from an unchanged training loop.
+
+Forward hooks note each layer's input and the place of its output in the autograd graph. A hook on
+the network's output runs when the user's own ``loss.backward()`` reaches it, and there asks
+autograd for the gradients of the layers' outputs under labels from the model, before the user's
+graph is freed; ``.grad`` is never touched. For the empirical Fisher the layers' outputs are
+listened to during the user's backward pass itself.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils.hooks import RemovableHandle
+
+from tekfac.blocks import Block
+from tekfac.fisher import Fisher
+from tekfac.layers import Sample
+
+# Backward passes of our own, now running in this process: hooks that they reach, of any optimizer,
+# are not to take them for the user's. Not thread-local: autograd runs hooks in its own threads.
+_own_passes = 0
+
+REENTRANT = (
+    "curvature can't be measured through reentrant activation checkpointing: call "
+    "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+)
+
+
+@dataclass
+class _Call:
+    """One call of a layer in a forward pass."""
+
+    block: Block
+    input: Tensor | None
+    rows: int
+    edge: GradientEdge | None = None
+    """Where the output is in the graph; None if it is the network's output itself."""
+    gradient: Tensor | None = None
+    given: bool = False
+
+
+@dataclass
+class _Pass:
+    """One forward pass through the model."""
+
+    calls: list[_Call] = field(default_factory=list)
+    examples: int = 0
+
+
+class Capture:
+    """Hooks on a model that give its blocks their samples.
+
+    Only forward passes through the model itself, of layers in training mode and with gradients
+    enabled, are seen, and only by blocks that are `listening`.
+
+    Args:
+        model: what the training loop calls.
+        blocks: the blocks by layer name; looked at in every pass.
+        fisher: how labels are averaged over; None for the empirical Fisher.
+        output: finds the tensor of logits (or means) in what the model returns.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Mapping[str, Block],
+        fisher: Fisher | None,
+        output: Callable[[Any], Tensor],
+    ) -> None:
+        self.blocks = blocks
+        self.fisher = fisher
+        self.output = output
+        self.passes = 0
+        """Forward passes through the model so far in which a layer was captured."""
+        self.without_grad: set[str] = set()
+        """Layers that ran without gradients inside a forward pass that had them."""
+        self._pass: _Pass | None = None
+        self._handles: list[RemovableHandle] = []
+        for module in model.modules():
+            _drop_inert(module)
+        for name, block in blocks.items():
+            self._register(block.layer.module, "_after_layer", name)
+        self._handles.append(model.register_forward_pre_hook(_Hook(self, "_before_model")))
+        self._handles.append(model.register_forward_hook(_Hook(self, "_after_model")))
+        weakref.finalize(self, _remove, self._handles)
+
+    def close(self) -> None:
+        """Remove all hooks. Harmless when done twice."""
+        _remove(self._handles)
+        self._pass = None
+
+    def _register(self, module: nn.Module, method: str, name: str) -> None:
+        hook = _Hook(self, method, name)
+        # Before the model's own hook, should the model itself be a layer.
+        self._handles.append(module.register_forward_hook(hook, prepend=True, with_kwargs=True))
+
+    def _before_model(self, module: nn.Module, args: Any) -> None:
+        self._pass = _Pass() if torch.is_grad_enabled() else None
+
+    def _after_layer(
+        self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+    ) -> None:
+        block, here = self.blocks[name], self._pass
+        if here is None or not (block.listening and module.training):
+            return
+        if not torch.is_grad_enabled():
+            self.without_grad.add(name)
+            return
+        x = args[0] if args else kwargs["input"]
+        block.layer.check_input(x)
+        if not out.requires_grad:
+            return
+        seen = None if block.layer.weight is None else x.detach()
+        call = _Call(block, seen, len(block.layer.batched(out)))
+        here.calls.append(call)
+        if self.fisher is None:
+            out.register_hook(lambda gradient: self._received(here, call, gradient))
+        else:
+            call.edge = get_gradient_edge(out)
+
+    def _after_model(self, module: nn.Module, args: Any, result: Any) -> None:
+        here, self._pass = self._pass, None
+        if here is None or not here.calls:
+            return
+        self.passes += 1
+        if self.fisher is None:
+            first = here.calls[0].rows
+            here.examples = len(result) if _has_rows(result) else first
+            return
+        output = self.output(result)
+        self.fisher.likelihood.check(output)
+        here.examples = len(output)
+        if output.requires_grad:
+            values, edge = output.detach().clone(), get_gradient_edge(output)
+            # The graph's last node must not be held by its own hook: the cycle would run through
+            # autograd, where Python's collector can't see it, and the graph would never be freed.
+            for call in here.calls:
+                if call.edge is not None and call.edge.node is edge.node:
+                    call.edge = None
+            number = edge.output_nr
+            output.register_hook(
+                lambda gradient: self._differentiate(here, values, number, gradient)
+            )
+
+    def _received(self, here: _Pass, call: _Call, gradient: Tensor) -> None:
+        """The user's backward pass has reached a layer's output (empirical Fisher)."""
+        if _own_passes or call.given or not here.examples:
+            return
+        call.gradient = gradient.detach()
+        calls = [other for other in here.calls if other.block is call.block]
+        if all(other.gradient is not None for other in calls):
+            _give(calls, [other.gradient for other in calls], here.examples)
+            for other in calls:
+                other.input, other.gradient, other.given = None, None, True
+
+    def _differentiate(self, here: _Pass, values: Tensor, number: int, gradient: Tensor) -> None:
+        """The user's backward pass has reached the network's output."""
+        global _own_passes
+        assert self.fisher is not None
+        if _own_passes or not here.examples or not here.calls:
+            return
+        calls, here.calls = here.calls, []  # once for each forward pass
+        root = GradientEdge(torch._C._current_autograd_node(), number)
+        edges = [call.edge for call in calls if call.edge is not None]
+        used = self.fisher.likelihood.used(gradient)
+        draws = self.fisher.draws(values)
+        for draw, cotangent in enumerate(self.fisher.cotangents(values)):
+            cotangent = (cotangent if used is None else cotangent * used).to(values.dtype)
+            _own_passes += 1
+            try:
+                found = iter(_gradients(root, edges, cotangent))
+            finally:
+                _own_passes -= 1
+            gradients = [cotangent if call.edge is None else next(found) for call in calls]
+            for block in {call.block.name: call.block for call in calls}.values():
+                own = [i for i, call in enumerate(calls) if call.block is block]
+                _give(
+                    [calls[i] for i in own], [gradients[i] for i in own], here.examples, draw, draws
+                )
+
+
+def _gradients(
+    root: GradientEdge, edges: list[GradientEdge], cotangent: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Gradients of layer outputs, from the user's graph, which is kept."""
+    if not edges:
+        return ()
+    try:
+        return torch.autograd.grad(root, edges, cotangent, retain_graph=True, allow_unused=True)
+    except RuntimeError as error:
+        if "checkpoint" not in str(error):
+            raise
+        raise RuntimeError(REENTRANT) from error
+
+
+def _give(
+    calls: list[_Call], gradients: list[Tensor | None], examples: int, draw: int = 0, draws: int = 1
+) -> None:
+    """Hand a block the calls of its layer in one pass."""
+    if all(gradient is None for gradient in gradients):
+        return
+    kept = [(c, g) for c, g in zip(calls, gradients, strict=True) if g is not None]
+    sample = Sample([c.input for c, _ in kept], [g for _, g in kept], examples, draw, draws)
+    device = kept[0][1].device.type
+    with torch.no_grad(), torch.autocast(device, enabled=False):
+        calls[0].block.observe(sample)
+
+
+def _has_rows(result: Any) -> bool:
+    return isinstance(result, Tensor) and result.dim() > 0
+
+
+def _remove(handles: list[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
+    handles.clear()
+
+
+class _Hook:
+    """A hook that does not keep its `Capture` alive, and does nothing in a copy of the model.
+
+    A model's hooks go along when it is copied or saved; there, an inert function takes their place.
+    """
+
+    def __init__(self, capture: Capture, method: str, *args: str) -> None:
+        self.capture = weakref.ref(capture)
+        self.method = method
+        self.args = args
+
+    def __call__(self, *args: Any) -> None:
+        capture = self.capture()
+        if capture is not None:
+            getattr(capture, self.method)(*self.args, *args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
+        return inert
+
+    def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
+        return _make_inert, ()
+
+
+def inert(*args: Any) -> None:
+    """What stands for our hooks in a copied or saved model."""
+
+
+def _make_inert() -> Callable[..., None]:
+    return inert
+
+
+def _drop_inert(module: nn.Module) -> None:
+    for hooks in (module._forward_hooks, module._forward_pre_hooks):
+        for key in [key for key, hook in hooks.items() if hook is inert]:
+            del hooks[key]
+            module._forward_hooks_with_kwargs.pop(key, None)

@@ -1,0 +1,70 @@
+"""EKFAC (George et al., 2018; paper, 2.3)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, ClassVar
+
+from torch import nn
+
+from tekfac.blocks import Block, CorrectedBlock, Due
+from tekfac.checks import check_count, check_decay
+from tekfac.damping import Damping
+from tekfac.factors import KroneckerFactors
+from tekfac.optimizer import Common, NaturalGradient
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class EKFACBlock(CorrectedBlock):
+    """Basis from ``A`` and ``G``, rescaled by second moments in it."""
+
+    make_factors = KroneckerFactors
+    trace_damping = False
+
+
+class EKFAC(NaturalGradient):
+    r"""Eigenvalue-corrected Kronecker factorization.
+
+    Per layer (shapes in `tekfac.statistics`)::
+
+        A ← E[Ω],  G ← E[Γ]                                        every factor_every steps (2.4)
+        A = U_A D_A U_Aᵀ,  G = U_G D_G U_Gᵀ                        every basis_every steps (2.6)
+        S ← E[(U_Gᵀ D_n U_A)^∘2]                                   every scale_every steps (2.7)
+        v ← momentum · v + U_G ((U_Gᵀ ∇h U_A) / (S + λ)) U_Aᵀ
+        W ← W − lr · v
+
+    A refresh of the basis carries ``S`` over to the new one.
+
+    Args:
+        scale_every: steps between measurements of the rescaling.
+        scale_decay: ε1 of (3.8), in [0, 1): the weight of the past.
+
+    All other arguments and errors: see `NaturalGradient`.
+
+    Raises:
+        ValueError: for an argument out of its range.
+    """
+
+    make_block: ClassVar[type[Block]] = EKFACBlock
+    _settings = (*NaturalGradient._settings, "scale_every", "scale_decay")
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float = 1e-3,
+        momentum: float = 0.9,
+        *,
+        damping: Damping = 1e-2,
+        scale_every: int = 10,
+        scale_decay: float = 0.95,
+        **common: Unpack[Common],
+    ) -> None:
+        check_count("scale_every", scale_every)
+        check_decay("scale_decay", scale_decay)
+        self.scale_every, self.scale_decay = scale_every, scale_decay
+        super().__init__(model, lr, momentum, damping=damping, **common)
+
+    def _due(self, step: int) -> Due:
+        return replace(super()._due(step), scale=step % self.scale_every == 0)

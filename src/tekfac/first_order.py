@@ -1,0 +1,83 @@
+"""The rule for parameters that no curvature block covers: norm layers, embeddings and the like."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adam import adam
+
+from tekfac.checks import check_decay, check_not_negative
+
+
+@dataclass(frozen=True)
+class Adam:
+    """The first-order rule, for every parameter that no curvature block covers.
+
+    Args:
+        lr: step size, in the parameters' units; its own parameter group holds it, so that
+            schedulers
+            scale it along with the curvature groups'.
+        betas: decays of the running averages of the gradient and of its square.
+        eps: added to the root of the second, for stability.
+        weight_decay: decoupled, a fraction of the parameter per unit of ``lr``.
+
+    Raises:
+        ValueError: for a negative or nan ``lr``, ``eps`` or ``weight_decay``, or betas outside [0,
+            1).
+    """
+
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "eps", "weight_decay"):
+            check_not_negative(f"Adam's {name}", getattr(self, name))
+        for beta in self.betas:
+            check_decay("Adam's betas", beta)
+
+
+def adam_step(
+    params: Sequence[Tensor], state: Mapping[Tensor, dict[str, Any]], group: Mapping[str, Any]
+) -> None:
+    """One step of Adam, by torch's own implementation, with decoupled weight decay.
+
+    Args:
+        params: parameters with a gradient.
+        state: a dict for each of them, where the averages are kept.
+        group: settings, the fields of `Adam`.
+    """
+    if not params:
+        return
+    for p in params:
+        if "exp_avg" not in state[p]:
+            state[p]["step"] = torch.tensor(0.0)
+            state[p]["exp_avg"] = torch.zeros_like(p)
+            state[p]["exp_avg_sq"] = torch.zeros_like(p)
+    decay_weights(params, group)
+    adam(
+        list(params),
+        [p.grad for p in params],  # type: ignore[misc]
+        [state[p]["exp_avg"] for p in params],
+        [state[p]["exp_avg_sq"] for p in params],
+        [],
+        [state[p]["step"] for p in params],
+        amsgrad=False,
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        lr=group["lr"],
+        weight_decay=0.0,
+        eps=group["eps"],
+        maximize=False,
+    )
+
+
+def decay_weights(params: Sequence[Tensor], group: Mapping[str, Any]) -> None:
+    """``θ ← θ − lr · weight_decay · θ``."""
+    if group["weight_decay"]:
+        torch._foreach_mul_(list(params), 1 - group["lr"] * group["weight_decay"])

@@ -1,0 +1,361 @@
+"""Layer kinds: how a module is seen as the matrix ``W`` of the paper.
+
+Every kind turns what a layer saw into inputs ``a`` ``(G, N, T, d_in)`` and output gradients ``g``
+``(G, N, T, d_out)``, and its parameters' gradients into a matrix ``(G, d_out, d_in)`` and back.
+``G`` is 1 but for
+grouped convolutions: their groups share nothing, so each is a layer of its own with its own block.
+
+A new kind is a subclass of `Layer` decorated with ``@register(ItsModule)``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+# Entries of the largest temporary made at once (64 MiB in float32): examples are gone through in
+# chunks, so that no patch matrix and no set of per-example gradients is ever held whole.
+CHUNK_ENTRIES = 2**24
+
+
+@dataclass
+class Sample:
+    """What one layer saw in one forward and backward pass, for one draw of the labels.
+
+    Args:
+        inputs: the layer's inputs, one per call of the layer in this pass; None where they do not
+            matter (frozen weight).
+        gradients: ``d(-log p)/d`` output, one per call, in the shape of the layer's output.
+        examples: number of examples ``N`` in the batch.
+        draw: which draw of the labels this is, from 0.
+        draws: how many there are in this pass.
+    """
+
+    inputs: list[Tensor | None]
+    gradients: list[Tensor]
+    examples: int
+    draw: int = 0
+    draws: int = 1
+
+
+class Layer(ABC):
+    """A layer as a matrix: ``W`` has one column more with a bias, which sees the constant input 1.
+
+    Args:
+        name: the module's name in the model.
+        module: the module.
+        weight: its weight, or None if that is not trained: the block then covers the bias alone.
+        bias: its bias, or None if there is none or it is not trained.
+
+    Attributes:
+        groups: ``G``.
+        d_in: columns per group, the bias's included.
+        d_out: rows per group.
+    """
+
+    groups: int
+    d_in: int
+    d_out: int
+
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        weight: nn.Parameter | None,
+        bias: nn.Parameter | None,
+    ) -> None:
+        self.name, self.module, self.weight, self.bias = name, module, weight, bias
+        self.groups = self._groups()
+        full: Tensor = module.weight  # type: ignore[assignment]
+        self.d_out = full.shape[0] // self.groups
+        self.d_in = (weight[0].numel() if weight is not None else 0) + (bias is not None)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters that the block covers, weight first."""
+        return [p for p in (self.weight, self.bias) if p is not None]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of statistics: the parameters' own, float32 at least."""
+        return torch.promote_types(self.parameters[0].dtype, torch.float32)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape of ``W``: all groups' rows, and columns."""
+        return (self.groups * self.d_out, self.d_in)
+
+    def matrix(self, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """Weight and bias gradients as ``(G, d_out, d_in)``; a missing one counts as zero."""
+        columns = []
+        if self.weight is not None:
+            part = torch.zeros_like(self.weight) if weight is None else weight
+            columns.append(part.reshape(self.groups, self.d_out, -1))
+        if self.bias is not None:
+            part = torch.zeros_like(self.bias) if bias is None else bias
+            columns.append(part.reshape(self.groups, self.d_out, 1))
+        return torch.cat(columns, dim=2).to(self.dtype)
+
+    def split(self, matrix: Tensor) -> list[Tensor]:
+        """The inverse of `matrix`: one tensor for each of `parameters`, in its shape and dtype."""
+        flat = matrix.reshape(self.shape)
+        parts = []
+        if self.weight is not None:
+            parts.append(flat[:, : self.weight[0].numel()].reshape(self.weight.shape))
+        if self.bias is not None:
+            parts.append(flat[:, -1].reshape(self.bias.shape))
+        return [part.to(p.dtype) for part, p in zip(parts, self.parameters, strict=True)]
+
+    def check_input(self, x: Tensor) -> None:
+        """Raise if this input does not fit the matrix that the block was built for.
+
+        Raises:
+            ValueError: naming the layer and both widths.
+        """
+        width, expected = self._width(x), self._expected_width()
+        if width != expected:
+            raise ValueError(
+                f"layer {self.name!r} got an input of shape {tuple(x.shape)}, width {width}, but "
+                f"its curvature block was built for width {expected}: make a new optimizer after a "
+                "layer's parameters have changed shape"
+            )
+
+    def chunks(self, sample: Sample) -> Iterator[tuple[Tensor, Tensor]]:
+        """Inputs and output gradients of a sample, a few examples at a time.
+
+        Several calls of one layer are further positions of the same examples. A leading dimension
+        of ``k N`` holds ``k`` positions of each of ``N`` examples; one that ``N`` does not divide
+        holds examples of its own.
+
+        Yields:
+            ``a`` ``(G, n, T, d_in)`` and ``g`` ``(G, n, T, d_out)``.
+        """
+        calls = [(x, self.batched(g)) for x, g in zip(sample.inputs, sample.gradients, strict=True)]
+        if all(len(g) % sample.examples == 0 for _, g in calls):
+            together, counts = [calls], [sample.examples]
+        else:
+            together, counts = [[call] for call in calls], [len(g) for _, g in calls]
+        for group, examples in zip(together, counts, strict=True):
+            positions = sum(g[0].numel() for _, g in group if len(g)) // (self.groups * self.d_out)
+            entries = max(1, positions * max(self.d_in, self.d_out) * self.groups)
+            step = max(1, CHUNK_ENTRIES // entries)
+            for first in range(0, examples, step):
+                parts = [
+                    self._rows(x, g, examples, first, min(first + step, examples)) for x, g in group
+                ]
+                yield (
+                    torch.cat([a for a, _ in parts], dim=2) if len(parts) > 1 else parts[0][0],
+                    torch.cat([g for _, g in parts], dim=2) if len(parts) > 1 else parts[0][1],
+                )
+
+    def _rows(
+        self, x: Tensor | None, g: Tensor, examples: int, first: int, last: int
+    ) -> tuple[Tensor, Tensor]:
+        per = len(g) // examples
+        span, n = slice(first * per, last * per), last - first
+        rows = self._outputs(g[span].to(self.dtype)).reshape(self.groups, n, -1, self.d_out)
+        a = rows.new_ones(*rows.shape[:3], self.d_in)
+        if x is not None:
+            patches = self._inputs(self.batched(x)[span].to(self.dtype))
+            a[..., : self.d_in - (self.bias is not None)].view(patches.shape).copy_(patches)
+        return a, rows
+
+    def _groups(self) -> int:
+        return 1
+
+    @abstractmethod
+    def batched(self, x: Tensor) -> Tensor:
+        """An input or output with its batch dimension first, added if it was left out."""
+
+    @abstractmethod
+    def _width(self, x: Tensor) -> int:
+        """The part of the input's shape that the weight fixes."""
+
+    @abstractmethod
+    def _expected_width(self) -> int:
+        """What `_width` must be."""
+
+    @abstractmethod
+    def _inputs(self, x: Tensor) -> Tensor:
+        """``(R, ...)`` to ``(G, R, T, d_in without the bias)``, where a dimension may be several."""
+
+    @abstractmethod
+    def _outputs(self, g: Tensor) -> Tensor:
+        """``(R, ...)`` to ``(G, R, T, d_out)``."""
+
+
+_KINDS: dict[Callable[..., object], type[Layer]] = {}
+
+
+def register(*modules: type[nn.Module]) -> Callable[[type[Layer]], type[Layer]]:
+    """Make a `Layer` subclass the kind of these module classes.
+
+    A subclass of one of them counts too, as long as it does not bring a ``forward`` of its own.
+    """
+
+    def add(kind: type[Layer]) -> type[Layer]:
+        for module in modules:
+            _KINDS[module.forward] = kind
+        return kind
+
+    return add
+
+
+def kind_of(module: nn.Module) -> type[Layer] | None:
+    """The layer kind of a module, None if it has none."""
+    return _KINDS.get(type(module).forward)
+
+
+@register(nn.Linear)
+class LinearLayer(Layer):
+    """A fully-connected layer; leading dimensions after the first are positions."""
+
+    def batched(self, x: Tensor) -> Tensor:
+        return x[None] if x.dim() == 1 else x
+
+    def _width(self, x: Tensor) -> int:
+        return x.shape[-1]
+
+    def _expected_width(self) -> int:
+        return self.d_in - (self.bias is not None)
+
+    def _inputs(self, x: Tensor) -> Tensor:
+        return x.reshape(1, x.shape[0], -1, x.shape[-1])
+
+    def _outputs(self, g: Tensor) -> Tensor:
+        return self._inputs(g)
+
+
+@register(nn.Conv1d, nn.Conv2d, nn.Conv3d)
+class ConvLayer(Layer):
+    """A convolution: a fully-connected layer applied to the patch at each output position."""
+
+    module: nn.Conv1d | nn.Conv2d | nn.Conv3d
+    _spatial: ClassVar[dict[type[nn.Module], int]] = {}
+
+    def _groups(self) -> int:
+        return self.module.groups
+
+    def batched(self, x: Tensor) -> Tensor:
+        return x[None] if x.dim() == 1 + len(self.module.kernel_size) else x
+
+    def _width(self, x: Tensor) -> int:
+        return x.shape[-1 - len(self.module.kernel_size)] // self.groups
+
+    def _expected_width(self) -> int:
+        kernel = 1
+        for size in self.module.kernel_size:
+            kernel *= size
+        return (self.d_in - (self.bias is not None)) // kernel
+
+    def _inputs(self, x: Tensor) -> Tensor:
+        module = self.module
+        x = self._padded(x)
+        for axis, (size, stride, dilation) in enumerate(
+            zip(module.kernel_size, module.stride, module.dilation, strict=True), start=2
+        ):
+            x = x.unfold(axis, (size - 1) * dilation + 1, stride)[..., ::dilation]
+        # (R, C, o1, o2, ..., k1, k2, ...) to (G, R, o1, o2, ..., C/G, k1, k2, ...): still a view
+        spatial = len(module.kernel_size)
+        x = x.unflatten(1, (self.groups, -1))
+        outputs, kernel = range(3, 3 + spatial), range(3 + spatial, 3 + 2 * spatial)
+        return x.permute(1, 0, *outputs, 2, *kernel)
+
+    def _outputs(self, g: Tensor) -> Tensor:
+        rows: Tensor = g.flatten(2).unflatten(1, (self.groups, -1))
+        return rows.permute(1, 0, 3, 2)
+
+    def _padded(self, x: Tensor) -> Tensor:
+        module = self.module
+        pad: list[int] = []  # F.pad counts from the last dimension
+        for axis in reversed(range(len(module.kernel_size))):
+            if module.padding == "same":
+                total = module.dilation[axis] * (module.kernel_size[axis] - 1)
+                pad += [total // 2, total - total // 2]
+            else:
+                before = 0 if isinstance(module.padding, str) else module.padding[axis]
+                pad += [before, before]
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        return F.pad(x, pad, mode=mode) if any(pad) else x
+
+
+@dataclass
+class Assignment:
+    """Which parameters belong to layers, and why the others do not.
+
+    Args:
+        modules: modules with a layer kind, by name.
+        owner: the name in ``modules`` for each parameter of such a module.
+        reasons: for every other parameter of the model, why the first-order rule trains it.
+    """
+
+    modules: dict[str, nn.Module]
+    owner: dict[nn.Parameter, str]
+    reasons: dict[nn.Parameter, str]
+
+
+def assign(model: nn.Module, exclude: Sequence[str | type[nn.Module]]) -> Assignment:
+    """Find a model's layers.
+
+    Args:
+        model: the model.
+        exclude: module names (with all that is inside them) and module classes to leave out.
+
+    Raises:
+        ValueError: for a name that is no module's, and for a parameter without a shape yet.
+        TypeError: for an entry that is neither a name nor a module class.
+    """
+    names = dict(model.named_modules())
+    for entry in exclude:
+        if isinstance(entry, str):
+            if entry not in names:
+                known = ", ".join(repr(name) for name in names if name)
+                raise ValueError(
+                    f"exclude names no module of the model: {entry!r} (it has {known})"
+                )
+        elif not (isinstance(entry, type) and issubclass(entry, nn.Module)):
+            raise TypeError(
+                "exclude takes module names and nn.Module classes, got "
+                f"{type(entry).__name__}: {entry!r}"
+            )
+    types = tuple(entry for entry in exclude if isinstance(entry, type))
+    prefixes = tuple(entry for entry in exclude if isinstance(entry, str))
+
+    uses: dict[nn.Parameter, int] = {}
+    for module in names.values():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                uses[parameter] = uses.get(parameter, 0) + 1
+
+    result = Assignment({}, {}, {})
+    for name, module in names.items():
+        own = {key: p for key, p in module._parameters.items() if p is not None}
+        if not own:
+            continue
+        for key, parameter in own.items():
+            if isinstance(parameter, nn.parameter.UninitializedParameter):
+                raise ValueError(
+                    f"parameter {key!r} of module {name!r} has no shape yet: run one batch through "
+                    "a lazy model before making its optimizer"
+                )
+        if isinstance(module, types) or any(
+            name == prefix or name.startswith(prefix + ".") or prefix == "" for prefix in prefixes
+        ):
+            reason = "left out by exclude"
+        elif any(uses[p] > 1 for p in own.values()):
+            reason = "shared between modules"
+        elif kind_of(module) is None or "weight" not in own:
+            reason = f"{type(module).__name__} has no curvature block"
+        else:
+            result.modules[name] = module
+            result.owner.update(dict.fromkeys(own.values(), name))
+            continue
+        for parameter in own.values():
+            result.reasons.setdefault(parameter, reason)
+    return result

@@ -1,0 +1,701 @@
+"""The optimizer that all four methods are: everything but which block they use.
+
+It orchestrates: blocks know their curvature, `capture` knows the model, this module knows when what
+is due, and turns preconditioned gradients into steps.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
+from types import MappingProxyType
+from typing import Any, ClassVar, TypedDict, overload
+
+import torch
+from torch import Tensor, nn
+
+from tekfac.blocks import Block, Due
+from tekfac.capture import REENTRANT, Capture
+from tekfac.checks import check_count, check_decay, check_not_negative, check_positive
+from tekfac.damping import Damping, TraceDamping, check_damping
+from tekfac.first_order import Adam, adam_step, decay_weights
+from tekfac.fisher import LIKELIHOODS, ExactFisher, Fisher, Likelihood, SampledFisher
+from tekfac.layers import assign, kind_of
+
+
+class Common(TypedDict, total=False):
+    """Keyword arguments of `NaturalGradient` that a method passes on."""
+
+    nesterov: bool
+    weight_decay: float
+    fisher: str
+    likelihood: str | Likelihood
+    mc_samples: int
+    generator: torch.Generator | None
+    loss_reduction: str
+    output: Callable[[Any], Tensor] | None
+    kl_clip: float | None
+    factor_every: int
+    basis_every: int
+    factor_decay: float
+    exclude: Sequence[str | type[nn.Module]]
+    first_order: Adam
+    params: Iterable[dict[str, Any]] | None
+
+
+class NaturalGradient(torch.optim.Optimizer):
+    r"""What KFAC, EKFAC, TKFAC and TEKFAC have in common.
+
+    For every supported layer (paper, 3.9), with ``∇h`` the mini-batch gradient of the user's own
+    loss::
+
+        v ← momentum · v + (F̂ + λ I)⁻¹ ∇h
+        θ ← θ − lr · v
+
+    Weight decay is decoupled, ``θ ← θ − lr · weight_decay · θ``, as in AdamW: the penalty's
+    gradient is not part of the likelihood that the Fisher matrix belongs to. All other parameters
+    (norm layers, embeddings, free parameters) are trained by ``first_order``. Until a layer's
+    curvature has been measured (its first batch was not finite, it never ran as a module of its
+    own, no gradient reached it yet) its parameters are too.
+
+    Args:
+        model: the module that the training loop calls. Not its parameters.
+        lr: step size α of the layers' natural gradient, not negative.
+        momentum: μ, in [0, 1). 0 keeps no buffer.
+        nesterov: step along ``(F̂ + λ I)⁻¹ ∇h + momentum · v`` instead of ``v``.
+        weight_decay: decoupled, not negative.
+        damping: λ, a positive float; TKFAC and TEKFAC take a `TraceDamping` too.
+        fisher: labels for the statistics. "mc": drawn from the model's predictive distribution
+            (paper, 2.1). "exact": the expectation over all labels, one extra backward pass per
+            class. "empirical": the data's own labels and the user's own loss, which is another
+            matrix.
+        likelihood: what the network's output means: "categorical", "bernoulli", "gaussian" or a
+            `Likelihood`. Not used by "empirical".
+        mc_samples: labels drawn per example, and extra backward passes, of "mc".
+        generator: where "mc" draws from. If None, a generator of the optimizer's own that follows
+            ``torch.manual_seed`` and leaves the global random stream alone. Its state is saved with
+            the optimizer's.
+        loss_reduction: for "empirical" only. "mean": the loss summed up in ``.grad`` between two
+            steps is the mean over the examples of all their batches. "sum": it is their sum.
+        output: finds the tensor of logits (or means) in what the model returns. If None, that is
+            the model's output itself if it is a tensor, or else its field ``.logits``.
+        kl_clip: if given, all layers' steps are scaled by ``min(1, sqrt(kl_clip / Σ lr² ⟨(F̂ + λ
+            I)⁻¹ ∇h, ∇h⟩))``:
+            a bound on how far one step changes the predictive distribution.
+        factor_every: steps between statistics for the factors, ``T_FIM`` of the paper.
+        basis_every: steps between refreshes of the eigenbasis, ``T_EIG``.
+        factor_decay: ε2 of (3.6) and (3.7), in [0, 1): the weight of the past.
+        exclude: names of modules (with all that is inside) and module classes left to
+            ``first_order``.
+        first_order: the rule for every other parameter.
+        params: parameter groups, dicts with "params" and any of "lr", "momentum", "nesterov",
+            "weight_decay" and "damping"; None for all parameters that require a gradient. A group
+            that mixes layers' parameters with others becomes two.
+
+    Raises:
+        TypeError: if ``model`` is no module, or an argument is of the wrong type.
+        ValueError: for an argument out of its range, or a model without any supported layer.
+    """
+
+    make_block: ClassVar[type[Block]]
+    scale_decay: float = 0.0
+    """ε1 of (3.8), for the methods that have a rescaling of their own."""
+    _settings: ClassVar[tuple[str, ...]] = (
+        "factor_every",
+        "basis_every",
+        "factor_decay",
+        "kl_clip",
+    )
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float = 1e-3,
+        momentum: float = 0.9,
+        *,
+        nesterov: bool = False,
+        weight_decay: float = 0.0,
+        damping: Damping = 1e-2,
+        fisher: str = "mc",
+        likelihood: str | Likelihood = "categorical",
+        mc_samples: int = 1,
+        generator: torch.Generator | None = None,
+        loss_reduction: str = "mean",
+        output: Callable[[Any], Tensor] | None = None,
+        kl_clip: float | None = None,
+        factor_every: int = 10,
+        basis_every: int = 100,
+        factor_decay: float = 0.95,
+        exclude: Sequence[str | type[nn.Module]] = (),
+        first_order: Adam = Adam(),
+        params: Iterable[dict[str, Any]] | None = None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"{self._method} needs the model itself, not its parameters, to see what its "
+                f"layers see: {self._method}(model, lr=...); got {type(model).__name__}"
+            )
+        if loss_reduction not in ("mean", "sum"):
+            raise ValueError(f'loss_reduction must be "mean" or "sum", got {loss_reduction!r}')
+        check_count("factor_every", factor_every)
+        check_count("basis_every", basis_every)
+        check_count("mc_samples", mc_samples)
+        check_decay("factor_decay", factor_decay)
+        if kl_clip is not None:
+            check_positive("kl_clip", kl_clip)
+
+        self.model = model
+        self.factor_every, self.basis_every = factor_every, basis_every
+        self.factor_decay, self.kl_clip = factor_decay, kl_clip
+        self.loss_reduction = loss_reduction
+        self.first_order = first_order
+        self.fisher = _make_fisher(fisher, likelihood, mc_samples, generator)
+        self.output = _find_output if output is None else output
+        self._assignment = assign(model, exclude)
+        if not self._assignment.modules:
+            raise ValueError(
+                f"{self._method} found no layer that it supports in {type(model).__name__} "
+                f"({_supported()}): use a torch.optim optimizer for this model"
+            )
+        self._counters = dict.fromkeys(
+            ("steps", "skipped_steps", "skipped_statistics", "failed_decompositions"), 0
+        )
+        self._warned: set[str] = set()
+        self._blocks: dict[str, Block] = {}
+        self._capture: Capture | None = None
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "weight_decay": weight_decay,
+            "damping": damping,
+        }
+        if params is None:
+            params = [{"params": [p for p in model.parameters() if p.requires_grad]}]
+        elif not isinstance(params, Iterable) or isinstance(params, (Tensor, Mapping)):
+            raise TypeError(
+                "params takes a list of parameter groups: [{'params': [...], 'lr': ...}]"
+            )
+        _check_group(defaults, self.make_block.trace_damping, self._method)
+        super().__init__(params, defaults)
+        self._build_blocks()
+        if not self._blocks:
+            raise ValueError(
+                f"no layer that {self._method} supports ({_supported()}) has a parameter to train: "
+                "all are frozen, left out or not in the parameter groups"
+            )
+
+    @property
+    def _method(self) -> str:
+        return type(self).__name__
+
+    # -- what a user asks --------------------------------------------------------------------------
+
+    @property
+    def blocks(self) -> Mapping[str, Block]:
+        """The curvature block of every supported layer, by the layer's name in the model."""
+        return MappingProxyType(self._blocks)
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """Steps taken, and how often something was skipped or failed.
+
+        ``steps`` counts steps that were taken; ``skipped_steps`` those left out because a gradient
+        was not finite; ``skipped_statistics`` batches of one layer whose statistics were not
+        finite; ``failed_decompositions`` refreshes of one layer's basis that failed, and kept the
+        old one.
+        """
+        return dict(self._counters)
+
+    def treatment(self) -> dict[str, str]:
+        """How each parameter of the model is trained, in words, by the parameter's name."""
+        covered = {p: block for block in self._blocks.values() for p in block.layer.parameters}
+        trained = {p for group in self.param_groups for p in group["params"]}
+        result = {}
+        for name, p in self.model.named_parameters():
+            if p in covered:
+                block = covered[p]
+                result[name] = f"{self._method} block {block.name!r}"
+                if block.empty:
+                    result[name] += " (first order until its curvature is measured)"
+            elif p not in trained:
+                result[name] = "not trained: " + (
+                    "frozen" if not p.requires_grad else "in no group"
+                )
+            else:
+                result[name] = (
+                    f"first order: {self._assignment.reasons.get(p, 'frozen when added')}"
+                )
+        return result
+
+    def close(self) -> None:
+        """Remove all hooks from the model; `step` then raises. Harmless when done twice.
+
+        The same happens by itself when the optimizer is garbage collected.
+        """
+        if self._capture is not None:
+            self._capture.close()
+            self._capture = None
+
+    # -- parameter groups --------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Train more parameters, e.g. after unfreezing them.
+
+        Layers' parameters get blocks, others (of this model or not) the first-order rule; a group
+        that mixes them becomes two.
+
+        Args:
+            param_group: a dict with "params" and any of "lr", "momentum", "nesterov",
+                "weight_decay" and "damping".
+
+        Raises:
+            TypeError: if it is no dict, or holds something that is no parameter.
+            ValueError: for a setting out of its range, or a parameter of a layer whose block exists
+                and
+                covers only the layer's other parameter.
+        """
+        if not isinstance(param_group, dict):
+            raise TypeError(
+                f"a parameter group is a dict with 'params', got {type(param_group).__name__}"
+            )
+        group = dict(param_group)
+        members = group.pop("params")
+        members = [members] if isinstance(members, Tensor) else list(members)
+        owner = self._assignment.owner
+        layers, others = [], []
+        for p in members:
+            if isinstance(p, nn.Parameter) and p in owner and p.requires_grad:
+                name = owner[p]
+                block = self._blocks.get(name)
+                if block is not None and not any(p is own for own in block.layer.parameters):
+                    raise ValueError(
+                        f"layer {name!r} already has a block that does not cover this parameter "
+                        f"of shape {tuple(p.shape)}: make a new optimizer to change which of a "
+                        "layer's parameters are trained"
+                    )
+                layers.append(p)
+            else:
+                others.append(p)
+        _check_group({**self.defaults, **group}, self.make_block.trace_damping, self._method)
+        # In a mixed group "lr" is the layers': the two rules' step sizes are not alike.
+        shared = ("weight_decay",) if layers else ("lr", "betas", "eps", "weight_decay")
+        given = {key: group[key] for key in shared if key in group}
+        rule = asdict(replace(self.first_order, **given))
+        if layers:
+            super().add_param_group({"params": layers, **group, "first_order": False})
+        if others:
+            super().add_param_group({"params": others, **group, **rule, "first_order": True})
+        if self._blocks and layers:
+            self._build_blocks()
+
+    def _build_blocks(self) -> None:
+        """Make the blocks of all layers in the curvature groups, and listen to them."""
+        group_of = self._group_of()
+        for name, module in self._assignment.modules.items():
+            weight, bias = module._parameters["weight"], module._parameters.get("bias")
+            weight = weight if weight in group_of else None
+            bias = bias if bias in group_of else None
+            kind = kind_of(module)
+            if name in self._blocks or kind is None or (weight is None and bias is None):
+                continue
+            layer = kind(name, module, weight, bias)
+            self._blocks[name] = self.make_block(layer, group_of[layer.parameters[0]])
+        self._listen()
+
+    def _group_of(self) -> dict[Tensor, dict[str, Any]]:
+        return {
+            p: group
+            for group in self.param_groups
+            if not group["first_order"]
+            for p in group["params"]
+        }
+
+    def _listen(self) -> None:
+        """Put the hooks on the model, in place of those there may be."""
+        self.close()
+        self._capture = Capture(self.model, self._blocks, self.fisher, self.output)
+        self._set_due()
+
+    # -- the step ----------------------------------------------------------------------------------
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Take one step.
+
+        Args:
+            closure: evaluates the model, calls ``backward`` and returns the loss; called once.
+
+        Returns:
+            The closure's loss, None without one.
+
+        Raises:
+            RuntimeError: on the first step if no statistics of any layer could be taken, and after
+                `close`.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self._capture is None:
+            raise RuntimeError(f"this {self._method} optimizer is closed: its hooks were removed")
+        bad = self._not_finite()
+        if bad is not None:
+            self._counters["skipped_steps"] += 1
+            self._warn(
+                "gradient",
+                f"the gradient of {bad} is not finite: the step was skipped, parameters, momentum "
+                "and curvature are as they were (counters['skipped_steps'] counts such steps)",
+            )
+            self._discard()
+            return loss
+        self._update_curvature()
+        self._check_measured()
+        self._apply()
+        self._counters["steps"] += 1
+        self._set_due()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients, and forget statistics taken since the last step along with them."""
+        super().zero_grad(set_to_none)
+        self._discard()
+
+    def _discard(self) -> None:
+        for block in self._blocks.values():
+            block.discard()
+
+    def _due(self, step: int) -> Due:
+        """What is due in a step, counted from 0."""
+        factors = step % self.factor_every == 0
+        return Due(factors=factors, scale=False, basis=step % self.basis_every == 0)
+
+    def _set_due(self) -> None:
+        usual = self._due(self._counters["steps"])
+        for block in self._blocks.values():
+            if block.empty:
+                # Measured as soon as it can be, but a layer that no gradient reaches must not cost
+                # an extra backward pass in every step.
+                now = usual.factors or not block.silent
+                block.due = Due(factors=now, scale=now, basis=now)
+            else:
+                block.due = usual
+
+    def _update_curvature(self) -> None:
+        scale = None if self.fisher is None and self.loss_reduction == "mean" else 1.0
+        listened = any(block.listening for block in self._blocks.values())
+        for block in self._blocks.values():
+            report = block.update(scale, self.factor_decay, self.scale_decay)
+            if report.skipped:
+                self._counters["skipped_statistics"] += 1
+                self._warn(
+                    "statistics",
+                    f"statistics of layer {block.name!r} are not finite in this batch: they were "
+                    "left out (counters['skipped_statistics'] counts such batches)",
+                )
+            if report.failed:
+                self._counters["failed_decompositions"] += 1
+                self._warn(
+                    "eigh",
+                    f"no eigendecomposition of layer {block.name!r}'s factors could be found, in "
+                    "float64 either: the last good basis stays "
+                    "(counters['failed_decompositions'] counts these)",
+                )
+        if listened:
+            self._update_fc_scale()
+
+    def _update_fc_scale(self) -> None:
+        """Bring β of the fully-connected blocks up to date, where the method has it."""
+
+    def _check_measured(self) -> None:
+        """Raise or warn if layers have gradients but no curvature."""
+        missing = [
+            block.name
+            for block in self._blocks.values()
+            if block.empty
+            and not block.silent
+            and any(p.grad is not None for p in block.layer.parameters)
+        ]
+        if not missing or self._counters["skipped_statistics"]:
+            return
+        assert self._capture is not None
+        if self._capture.without_grad.intersection(missing):
+            raise RuntimeError(REENTRANT)
+        if self._capture.passes == 0 and len(missing) == len(self._blocks):
+            raise RuntimeError(
+                "step() found gradients, but no statistics could be taken: call the model itself "
+                f"({type(self.model).__name__}.__call__, the module given to {self._method}), in "
+                "training mode (model.train()), before loss.backward()"
+            )
+        self._warn(
+            "missing",
+            f"no curvature of layers {', '.join(map(repr, missing))}: they have gradients, but "
+            "their forward did not run as a module in training mode, or the loss does not depend "
+            "on the model's output; the first-order rule trains them",
+        )
+
+    def _not_finite(self) -> str | None:
+        """Name of a parameter whose gradient is not finite."""
+        grads = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
+        if not grads:
+            return None
+        if any(grad.is_sparse for grad in grads):
+            raise RuntimeError(
+                f"{self._method} does not support sparse gradients: give embeddings sparse=False"
+            )
+        largest = torch._foreach_norm(grads, math.inf)
+        if bool(torch.stack([n.isfinite().to(grads[0].device) for n in largest]).all()):
+            return None
+        for name, p in self.model.named_parameters():
+            if p.grad is not None and not bool(torch.isfinite(p.grad).all()):
+                return repr(name)
+        return "a parameter outside the model"
+
+    def _apply(self) -> None:
+        """Turn gradients into steps: preconditioned for the layers, first order for the rest."""
+        directions: dict[Tensor, Tensor] = {}
+        inner = 0.0
+        unmeasured: list[nn.Parameter] = []
+        for block in self._blocks.values():
+            parameters = block.layer.parameters
+            weight, bias = block.layer.weight, block.layer.bias
+            if all(p.grad is None for p in parameters):
+                continue
+            if block.empty:
+                unmeasured += [p for p in parameters if p.grad is not None]
+                continue
+            gradient = block.layer.matrix(
+                None if weight is None else weight.grad, None if bias is None else bias.grad
+            )
+            natural = block.precondition(gradient)
+            if self.kl_clip is not None:
+                inner = inner + block.group["lr"] ** 2 * (natural * gradient).sum()
+            for p, direction in zip(parameters, block.layer.split(natural), strict=True):
+                if p.grad is not None:
+                    directions[p] = direction
+        if self.kl_clip is not None and isinstance(inner, Tensor):
+            clip = (
+                (self.kl_clip / inner.clamp_min(torch.finfo(inner.dtype).tiny)).sqrt().clamp_max(1)
+            )
+            directions = {p: d * clip.to(d.dtype) for p, d in directions.items()}
+        for group in self.param_groups:
+            if group["first_order"]:
+                adam_step([p for p in group["params"] if p.grad is not None], self.state, group)
+            else:
+                self._step_along([p for p in group["params"] if p in directions], directions, group)
+        adam_step(unmeasured, self.state, asdict(self.first_order))
+
+    def _step_along(
+        self, params: list[Tensor], directions: dict[Tensor, Tensor], group: dict[str, Any]
+    ) -> None:
+        """(3.9): momentum and update."""
+        if not params:
+            return
+        steps = [directions[p] for p in params]
+        if group["momentum"]:
+            for p in params:
+                if "momentum_buffer" not in self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            buffers = [self.state[p]["momentum_buffer"] for p in params]
+            torch._foreach_mul_(buffers, group["momentum"])
+            torch._foreach_add_(buffers, steps)
+            if group["nesterov"]:
+                torch._foreach_add_(steps, buffers, alpha=group["momentum"])
+            else:
+                steps = buffers
+        decay_weights(params, group)
+        torch._foreach_add_(params, steps, alpha=-group["lr"])
+
+    # -- state -------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that continues the run bit for bit, as plain tensors, numbers and strings.
+
+        As in ``torch.optim``, tensors are references: save or deep-copy it before the next step.
+        Beside "state" and "param_groups" there is "tekfac", with the method, its settings, counters
+        and the state of the generator; a block's estimates are in the state of the layer's first
+        parameter.
+        """
+        packed = super().state_dict()
+        index = self._index()
+        for block in self._blocks.values():
+            key = index[block.layer.parameters[0]]
+            own = {f"block.{name}": value for name, value in block.state_dict().items()}
+            packed["state"][key] = {**packed["state"].get(key, {}), **own}
+        for group in packed["param_groups"]:
+            if isinstance(group["damping"], TraceDamping):
+                group["damping"] = asdict(group["damping"])
+        packed["tekfac"] = {
+            "method": self._method,
+            "blocks": {name: list(block.shape) for name, block in self._blocks.items()},
+            "settings": {name: getattr(self, name) for name in self._settings},
+            "counters": self.counters,
+        }
+        if isinstance(self.fisher, SampledFisher):
+            packed["tekfac"]["generator"] = self.fisher.generator.get_state()
+        return packed
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken; nothing is changed if it does not fit.
+
+        Settings kept in it (intervals, decays, groups' settings) replace those given to the
+        constructor.
+
+        Raises:
+            ValueError: if it is of another method, another architecture or no state of this
+                package.
+        """
+        self._check_fits(state_dict)
+        packed = copy.deepcopy(state_dict)  # torch would share the tensors with the other optimizer
+        own = packed.pop("tekfac")
+        learnt: dict[int, dict[str, Tensor]] = {}
+        for key, values in packed["state"].items():
+            learnt[key] = {
+                name.removeprefix("block."): values.pop(name)
+                for name in list(values)
+                if name.startswith("block.")
+            }
+        for group in packed["param_groups"]:
+            if isinstance(group["damping"], dict):
+                group["damping"] = TraceDamping(**group["damping"])
+        packed["state"] = {key: values for key, values in packed["state"].items() if values}
+        super().load_state_dict(packed)
+        index, group_of = self._index(), self._group_of()
+        for block in self._blocks.values():
+            first = block.layer.parameters[0]
+            block.group = group_of[first]
+            block.load_state_dict(learnt[index[first]])
+        for name, value in own["settings"].items():
+            setattr(self, name, value)
+        self._counters = dict(own["counters"])
+        if isinstance(self.fisher, SampledFisher) and "generator" in own:
+            self.fisher.generator.set_state(own["generator"].cpu())
+        self._update_fc_scale()
+        self._set_due()
+
+    def _check_fits(self, state_dict: dict[str, Any]) -> None:
+        own = state_dict.get("tekfac")
+        if own is None:
+            raise ValueError(
+                "this state dict was not made by a tekfac optimizer: it has no entry 'tekfac', "
+                f"only {sorted(state_dict)}"
+            )
+        if own["method"] != self._method:
+            raise ValueError(f"this is a state of {own['method']}, not of {self._method}")
+        theirs = {name: tuple(shape) for name, shape in own["blocks"].items()}
+        ours = {name: block.shape for name, block in self._blocks.items()}
+        if theirs != ours:
+            name = next(n for n in {**ours, **theirs} if ours.get(n) != theirs.get(n))
+            raise ValueError(
+                f"this state is of another architecture: layer {name!r} has a block of shape "
+                f"{theirs.get(name, 'none')} there, {ours.get(name, 'none')} here"
+            )
+        sizes = [
+            [len(group["params"]) for group in groups]
+            for groups in (state_dict["param_groups"], self.param_groups)
+        ]
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"this state has parameter groups of {sizes[0]} parameters, this optimizer of "
+                f"{sizes[1]}"
+            )
+        names = {i: p for p, i in self._index().items()}
+        for key, values in state_dict["state"].items():
+            for name in ("momentum_buffer", "exp_avg"):
+                if name in values and values[name].shape != names[key].shape:
+                    raise ValueError(
+                        f"this state is of another architecture: parameter {key} has shape "
+                        f"{tuple(values[name].shape)} there, {tuple(names[key].shape)} here"
+                    )
+
+    def _index(self) -> dict[Tensor, int]:
+        """The number under which `state_dict` knows a parameter."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        return {p: i for i, p in enumerate(params)}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A scheduler puts its own `step` on the instance; it and hooks stay behind, as in torch.
+        return {
+            key: value
+            for key, value in self.__dict__.items()
+            if key not in ("_capture", "step") and not key.startswith("_optimizer_")
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "model" in state:  # unpickled or copied, not load_state_dict
+            self._capture = None
+            self._listen()
+
+    def _warn(self, kind: str, words: str) -> None:
+        """Warn once for each kind of trouble."""
+        if kind not in self._warned:
+            self._warned.add(kind)
+            warnings.warn(words, RuntimeWarning, stacklevel=4)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Show the whole signature of a method's constructor, whose common part is ``**common``."""
+        super().__init_subclass__(**kwargs)
+        merged: dict[str, inspect.Parameter] = {}
+        for base in cls.__mro__:
+            if issubclass(base, NaturalGradient) and "__init__" in vars(base):
+                for name, parameter in inspect.signature(vars(base)["__init__"]).parameters.items():
+                    if name != "self" and parameter.kind is not parameter.VAR_KEYWORD:
+                        merged.setdefault(name, parameter)
+        cls.__signature__ = inspect.Signature(list(merged.values()))  # type: ignore[attr-defined]
+
+
+def _make_fisher(
+    fisher: str, likelihood: str | Likelihood, samples: int, generator: torch.Generator | None
+) -> Fisher | None:
+    if isinstance(likelihood, str):
+        if likelihood not in LIKELIHOODS:
+            known = ", ".join(map(repr, LIKELIHOODS))
+            raise ValueError(f"likelihood must be one of {known}, got {likelihood!r}")
+        likelihood = LIKELIHOODS[likelihood]
+    elif not isinstance(likelihood, Likelihood):
+        raise TypeError(
+            "likelihood must be a name or a tekfac likelihood such as tekfac.Categorical(), got "
+            f"{likelihood!r}"
+        )
+    if fisher == "mc":
+        return SampledFisher(likelihood, samples, generator)
+    if fisher == "exact":
+        return ExactFisher(likelihood)
+    if fisher == "empirical":
+        return None
+    raise ValueError(f'fisher must be "mc", "exact" or "empirical", got {fisher!r}')
+
+
+def _find_output(result: Any) -> Tensor:
+    output = result if isinstance(result, Tensor) else getattr(result, "logits", None)
+    if not isinstance(output, Tensor):
+        raise ValueError(
+            f"the model returned {type(result).__name__}, neither a tensor nor an object with a "
+            "tensor in .logits: give output=, a function that finds the logits in it, e.g. "
+            "output=lambda result: result[0]"
+        )
+    return output
+
+
+def _supported() -> str:
+    return "Linear, Conv1d, Conv2d, Conv3d"
+
+
+def _check_group(group: Mapping[str, Any], trace_damping: bool, method: str) -> None:
+    check_not_negative("lr", group["lr"])
+    check_not_negative("weight_decay", group["weight_decay"])
+    check_decay("momentum", group["momentum"])
+    if group["nesterov"] and not group["momentum"]:
+        raise ValueError("nesterov needs a momentum above 0")
+    check_damping(group["damping"], trace_damping=trace_damping, method=method)
