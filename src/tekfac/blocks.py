@@ -125,11 +125,13 @@ class Block(ABC):
     @property
     def trace(self) -> float:
         """Trace of the block, by the running estimate."""
+        self._require_basis()
         return float(self.fc_scale * self.fisher_trace())
 
     @property
     def damping(self) -> float:
         """The damping λ in use now."""
+        self._require_basis()
         return float(self._damping())
 
     @property
@@ -141,12 +143,13 @@ class Block(ABC):
     def matvec(self, vector: Tensor) -> Tensor:
         """``F̂ v``, without damping, in the shape of ``vector``."""
         basis = self._require_basis()
-        matrix = self._grouped(vector)
-        return basis.rotate_back(self._eigenvalues() * basis.rotate(matrix)).reshape(vector.shape)
+        matrix = self._eigenvalues() * basis.rotate(self._matrix(vector))
+        return self.layer.to_vector(basis.rotate_back(matrix)).reshape(vector.shape)
 
     def inverse_matvec(self, vector: Tensor) -> Tensor:
         """``(F̂ + λ I)⁻¹ v``, or the method's factored form of it, in the shape of ``vector``."""
-        return self.precondition(self._grouped(vector)).reshape(vector.shape)
+        matrix = self.precondition(self._matrix(vector))
+        return self.layer.to_vector(matrix).reshape(vector.shape)
 
     def dense(self, damped: bool = False) -> Tensor:
         """The block as a matrix, ``(d_out d_in, d_out d_in)``.
@@ -168,7 +171,10 @@ class Block(ABC):
         for u_in, u_out, s in zip(basis.input, basis.output, values, strict=True):
             vectors = torch.kron(u_out, u_in)
             parts.append((vectors * s.flatten()) @ vectors.mT)
-        return torch.block_diag(*parts)  # type: ignore[no-any-return]
+        dense: Tensor = torch.block_diag(*parts)
+        numbers = torch.arange(self.dim, device=dense.device).reshape(values.shape)
+        order = self.layer.to_vector(numbers).flatten()
+        return dense[order[:, None], order]
 
     # -- what the optimizer asks -------------------------------------------------------------------
 
@@ -287,13 +293,13 @@ class Block(ABC):
             )
         return self.basis
 
-    def _grouped(self, vector: Tensor) -> Tensor:
+    def _matrix(self, vector: Tensor) -> Tensor:
         if vector.shape not in {self.shape, (self.dim,)}:
             raise ValueError(
                 f"block {self.name!r} takes vectors of shape {self.shape} or ({self.dim},), "
                 f"got {tuple(vector.shape)}"
             )
-        return vector.reshape(self.groups, self.layer.d_out, self.layer.d_in).to(self.layer.dtype)
+        return self.layer.from_vector(vector)
 
 
 class FactoredBlock(Block):
@@ -374,8 +380,7 @@ class CorrectedBlock(Block):
         basis = self.basis
         assert basis is not None
         for a, g in self.layer.chunks(sample):
-            squares = squared_gradients(a, g, basis.input, basis.output)
-            self._sum = squares if self._sum is None else self._sum + squares
+            self._sum = squared_gradients(a, g, basis.input, basis.output, self._sum)
 
     def _rescale(self, examples: int, gradient_scale: float, decay: float) -> bool:
         for sample in self._pending:

@@ -84,9 +84,8 @@ class Factors(ABC):
         for name in self.names:
             setattr(self, name, state.get(name))
 
-    def _add(self, **sums: Tensor) -> None:
-        for name, value in sums.items():
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
+    def _add_moment(self, name: str, rows: Tensor, weights: Tensor | float) -> None:
+        self._sums[name] = second_moment(rows, weights, self._sums.get(name))
 
     def _take(self) -> dict[str, Tensor] | None:
         """The sums of the batch, which are cleared; None if they are not finite."""
@@ -104,7 +103,8 @@ class KroneckerFactors(Factors):
     names = ("input", "output")
 
     def add(self, a: Tensor, g: Tensor, weight: float) -> None:
-        self._add(input=second_moment(a) * weight, output=second_moment(g) / g.shape[2])
+        self._add_moment("input", a, weight)
+        self._add_moment("output", g, 1 / g.shape[2])
 
     def update(self, examples: int, gradient_scale: float, decay: float) -> bool:
         sums = self._take()
@@ -138,11 +138,10 @@ class TraceRestrictedFactors(Factors):
     def add(self, a: Tensor, g: Tensor, weight: float) -> None:
         trace_omega = square_norms(a)
         trace_gamma = square_norms(g) / g.shape[2]
-        self._add(
-            input=second_moment(a, trace_gamma),
-            output=second_moment(g, trace_omega) / g.shape[2],
-            delta=(trace_omega * trace_gamma).sum(dim=1),
-        )
+        self._add_moment("input", a, trace_gamma)
+        self._add_moment("output", g, trace_omega / g.shape[2])
+        delta = (trace_omega * trace_gamma).sum(dim=1)
+        self._sums["delta"] = self._sums.get("delta", 0) + delta
 
     def update(self, examples: int, gradient_scale: float, decay: float) -> bool:
         sums = self._take()

@@ -10,18 +10,19 @@ A new kind is a subclass of `Layer` decorated with ``@register(ItsModule)``.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from itertools import product
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# Entries of the largest temporary made at once (64 MiB in float32): examples are gone through in
-# chunks, so that no patch matrix and no set of per-example gradients is ever held whole.
-CHUNK_ENTRIES = 2**24
+# Entries of a layer's inputs made at once (4 MiB in float32, near a core's cache): examples are
+# gone through in chunks, so that no patch matrix is ever held whole.
+CHUNK_ENTRIES = 2**20
 
 
 @dataclass
@@ -92,25 +93,43 @@ class Layer(ABC):
         return (self.groups * self.d_out, self.d_in)
 
     def matrix(self, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        """Weight and bias gradients as ``(G, d_out, d_in)``; a missing one counts as zero."""
+        """Weight and bias (or their gradients) as ``(G, d_out, d_in)``; a missing one counts as 0.
+
+        Columns are in the order that the layer kind finds best for its inputs.
+        """
         columns = []
         if self.weight is not None:
             part = torch.zeros_like(self.weight) if weight is None else weight
-            columns.append(part.reshape(self.groups, self.d_out, -1))
+            columns.append(self._columns(part).reshape(self.groups, self.d_out, -1))
         if self.bias is not None:
             part = torch.zeros_like(self.bias) if bias is None else bias
             columns.append(part.reshape(self.groups, self.d_out, 1))
         return torch.cat(columns, dim=2).to(self.dtype)
 
     def split(self, matrix: Tensor) -> list[Tensor]:
-        """The inverse of `matrix`: one tensor for each of `parameters`, in its shape and dtype."""
+        """The inverse of `matrix`: one tensor for each of `parameters`, in its shape."""
         flat = matrix.reshape(self.shape)
         parts = []
         if self.weight is not None:
-            parts.append(flat[:, : self.weight[0].numel()].reshape(self.weight.shape))
+            parts.append(self._weight(flat[:, : self.weight[0].numel()]))
         if self.bias is not None:
             parts.append(flat[:, -1].reshape(self.bias.shape))
-        return [part.to(p.dtype) for part, p in zip(parts, self.parameters, strict=True)]
+        return parts
+
+    def from_vector(self, vector: Tensor) -> Tensor:
+        """A vector in the order of ``cat([weight.flatten(1), bias[:, None]], 1)`` as `matrix`."""
+        flat = vector.reshape(self.shape)
+        weight = bias = None
+        if self.weight is not None:
+            weight = flat[:, : self.weight[0].numel()].reshape(self.weight.shape)
+        if self.bias is not None:
+            bias = flat[:, -1]
+        return self.matrix(weight, bias)
+
+    def to_vector(self, matrix: Tensor) -> Tensor:
+        """The inverse of `from_vector`, of shape `shape`."""
+        parts = [part.reshape(self.shape[0], -1) for part in self.split(matrix)]
+        return torch.cat(parts, dim=1)
 
     def check_input(self, x: Tensor) -> None:
         """Raise if this input does not fit the matrix that the block was built for.
@@ -160,10 +179,12 @@ class Layer(ABC):
         per = len(g) // examples
         span, n = slice(first * per, last * per), last - first
         rows = self._outputs(g[span].to(self.dtype)).reshape(self.groups, n, -1, self.d_out)
-        a = rows.new_ones(*rows.shape[:3], self.d_in)
+        a = rows.new_empty(*rows.shape[:3], self.d_in)
         if x is not None:
-            patches = self._inputs(self.batched(x)[span].to(self.dtype))
-            a[..., : self.d_in - (self.bias is not None)].view(patches.shape).copy_(patches)
+            columns = self.d_in - (self.bias is not None)
+            self._fill(a[..., :columns], self.batched(x)[span].to(self.dtype))
+        if self.bias is not None:
+            a[..., -1] = 1
         return a, rows
 
     def _groups(self) -> int:
@@ -181,9 +202,18 @@ class Layer(ABC):
     def _expected_width(self) -> int:
         """What `_width` must be."""
 
+    def _columns(self, weight: Tensor) -> Tensor:
+        """The weight with its columns in the order of `_fill`."""
+        return weight
+
+    def _weight(self, columns: Tensor) -> Tensor:
+        """The inverse of `_columns`, in the weight's shape."""
+        assert self.weight is not None
+        return columns.reshape(self.weight.shape)
+
     @abstractmethod
-    def _inputs(self, x: Tensor) -> Tensor:
-        """``(R, ...)`` to ``(G, R, T, d_in without the bias)``, where a dimension may be several."""
+    def _fill(self, target: Tensor, x: Tensor) -> None:
+        """Write the inputs ``(R, ...)`` into ``target``, ``(G, n, T, d_in without the bias)``."""
 
     @abstractmethod
     def _outputs(self, g: Tensor) -> Tensor:
@@ -225,11 +255,11 @@ class LinearLayer(Layer):
     def _expected_width(self) -> int:
         return self.d_in - (self.bias is not None)
 
-    def _inputs(self, x: Tensor) -> Tensor:
-        return x.reshape(1, x.shape[0], -1, x.shape[-1])
+    def _fill(self, target: Tensor, x: Tensor) -> None:
+        target.copy_(x.reshape(target.shape))
 
     def _outputs(self, g: Tensor) -> Tensor:
-        return self._inputs(g)
+        return g.reshape(1, g.shape[0], -1, g.shape[-1])
 
 
 @register(nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -237,7 +267,6 @@ class ConvLayer(Layer):
     """A convolution: a fully-connected layer applied to the patch at each output position."""
 
     module: nn.Conv1d | nn.Conv2d | nn.Conv3d
-    _spatial: ClassVar[dict[type[nn.Module], int]] = {}
 
     def _groups(self) -> int:
         return self.module.groups
@@ -249,23 +278,40 @@ class ConvLayer(Layer):
         return x.shape[-1 - len(self.module.kernel_size)] // self.groups
 
     def _expected_width(self) -> int:
-        kernel = 1
-        for size in self.module.kernel_size:
-            kernel *= size
-        return (self.d_in - (self.bias is not None)) // kernel
+        return (self.d_in - (self.bias is not None)) // math.prod(self.module.kernel_size)
 
-    def _inputs(self, x: Tensor) -> Tensor:
+    def _columns(self, weight: Tensor) -> Tensor:
+        return weight.movedim(1, -1)
+
+    def _weight(self, columns: Tensor) -> Tensor:
+        assert self.weight is not None
+        shape = self.weight.shape
+        return columns.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
+
+    def _fill(self, target: Tensor, x: Tensor) -> None:
         module = self.module
-        x = self._padded(x)
-        for axis, (size, stride, dilation) in enumerate(
-            zip(module.kernel_size, module.stride, module.dilation, strict=True), start=2
-        ):
-            x = x.unfold(axis, (size - 1) * dilation + 1, stride)[..., ::dilation]
-        # (R, C, o1, o2, ..., k1, k2, ...) to (G, R, o1, o2, ..., C/G, k1, k2, ...): still a view
-        spatial = len(module.kernel_size)
-        x = x.unflatten(1, (self.groups, -1))
-        outputs, kernel = range(3, 3 + spatial), range(3 + spatial, 3 + 2 * spatial)
-        return x.permute(1, 0, *outputs, 2, *kernel)
+        # Channels last, so that every kernel position is copied in contiguous runs of channels.
+        padded = self._padded(x).movedim(1, -1).contiguous()
+        sizes = [
+            (full - (size - 1) * dilation - 1) // stride + 1
+            for full, size, dilation, stride in zip(
+                padded.shape[1:-1],
+                module.kernel_size,
+                module.dilation,
+                module.stride,
+                strict=True,
+            )
+        ]
+        target = target.view(self.groups, len(x), *sizes, math.prod(module.kernel_size), -1)
+        for number, offsets in enumerate(product(*map(range, module.kernel_size))):
+            window = tuple(
+                slice(offset * dilation, offset * dilation + (size - 1) * stride + 1, stride)
+                for offset, dilation, stride, size in zip(
+                    offsets, module.dilation, module.stride, sizes, strict=True
+                )
+            )
+            seen = padded[(slice(None), *window)].unflatten(-1, (self.groups, -1))
+            target[..., number, :].copy_(seen.movedim(-2, 0))
 
     def _outputs(self, g: Tensor) -> Tensor:
         rows: Tensor = g.flatten(2).unflatten(1, (self.groups, -1))

@@ -10,6 +10,7 @@ import copy
 import inspect
 import math
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from types import MappingProxyType
@@ -241,6 +242,10 @@ class NaturalGradient(torch.optim.Optimizer):
             self._capture.close()
             self._capture = None
 
+    def _check_open(self) -> None:
+        if self._capture is None:
+            raise RuntimeError(f"this {self._method} optimizer is closed: its hooks were removed")
+
     # -- parameter groups --------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -255,10 +260,12 @@ class NaturalGradient(torch.optim.Optimizer):
 
         Raises:
             TypeError: if it is no dict, or holds something that is no parameter.
-            ValueError: for a setting out of its range, or a parameter of a layer whose block exists
-                and
-                covers only the layer's other parameter.
+            ValueError: for a setting out of its range, a parameter that is in a group already, or
+                one of a layer whose block exists and covers only the layer's other parameter.
+            RuntimeError: after `close`.
         """
+        if self._blocks:
+            self._check_open()
         if not isinstance(param_group, dict):
             raise TypeError(
                 f"a parameter group is a dict with 'params', got {type(param_group).__name__}"
@@ -286,10 +293,15 @@ class NaturalGradient(torch.optim.Optimizer):
         shared = ("weight_decay",) if layers else ("lr", "betas", "eps", "weight_decay")
         given = {key: group[key] for key in shared if key in group}
         rule = asdict(replace(self.first_order, **given))
-        if layers:
-            super().add_param_group({"params": layers, **group, "first_order": False})
-        if others:
-            super().add_param_group({"params": others, **group, **rule, "first_order": True})
+        before = len(self.param_groups)
+        try:
+            if layers:
+                super().add_param_group({"params": layers, **group, "first_order": False})
+            if others:
+                super().add_param_group({"params": others, **group, **rule, "first_order": True})
+        except (TypeError, ValueError):
+            del self.param_groups[before:]  # not one half without the other
+            raise
         if self._blocks and layers:
             self._build_blocks()
 
@@ -319,6 +331,8 @@ class NaturalGradient(torch.optim.Optimizer):
         """Put the hooks on the model, in place of those there may be."""
         self.close()
         self._capture = Capture(self.model, self._blocks, self.fisher, self.output)
+        # With the optimizer's end, not the capture's: the graph of a loss that is kept holds that.
+        weakref.finalize(self, self._capture.close)
         self._set_due()
 
     # -- the step ----------------------------------------------------------------------------------
@@ -347,8 +361,7 @@ class NaturalGradient(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._capture is None:
-            raise RuntimeError(f"this {self._method} optimizer is closed: its hooks were removed")
+        self._check_open()
         bad = self._not_finite()
         if bad is not None:
             self._counters["skipped_steps"] += 1
@@ -426,7 +439,9 @@ class NaturalGradient(torch.optim.Optimizer):
             and not block.silent
             and any(p.grad is not None for p in block.layer.parameters)
         ]
-        if not missing or self._counters["skipped_statistics"]:
+        if not missing or any(
+            self._counters[known] for known in ("skipped_statistics", "failed_decompositions")
+        ):
             return
         assert self._capture is not None
         if self._capture.without_grad.intersection(missing):
@@ -482,7 +497,7 @@ class NaturalGradient(torch.optim.Optimizer):
                 inner = inner + block.group["lr"] ** 2 * (natural * gradient).sum()
             for p, direction in zip(parameters, block.layer.split(natural), strict=True):
                 if p.grad is not None:
-                    directions[p] = direction
+                    directions[p] = direction.to(p.dtype)
         if self.kl_clip is not None and isinstance(inner, Tensor):
             clip = (
                 (self.kl_clip / inner.clamp_min(torch.finfo(inner.dtype).tiny)).sqrt().clamp_max(1)
@@ -537,7 +552,7 @@ class NaturalGradient(torch.optim.Optimizer):
                 group["damping"] = asdict(group["damping"])
         packed["tekfac"] = {
             "method": self._method,
-            "blocks": {name: list(block.shape) for name, block in self._blocks.items()},
+            "blocks": self._layout(),
             "settings": {name: getattr(self, name) for name in self._settings},
             "counters": self.counters,
         }
@@ -592,8 +607,10 @@ class NaturalGradient(torch.optim.Optimizer):
             )
         if own["method"] != self._method:
             raise ValueError(f"this is a state of {own['method']}, not of {self._method}")
-        theirs = {name: tuple(shape) for name, shape in own["blocks"].items()}
-        ours = {name: block.shape for name, block in self._blocks.items()}
+        theirs, ours = (
+            {name: tuple(layout["shape"]) for name, layout in layouts.items()}
+            for layouts in (own["blocks"], self._layout())
+        )
         if theirs != ours:
             name = next(n for n in {**ours, **theirs} if ours.get(n) != theirs.get(n))
             raise ValueError(
@@ -609,6 +626,13 @@ class NaturalGradient(torch.optim.Optimizer):
                 f"this state has parameter groups of {sizes[0]} parameters, this optimizer of "
                 f"{sizes[1]}"
             )
+        for name, layout in self._layout().items():
+            if own["blocks"][name] != layout:
+                raise ValueError(
+                    f"this state has its parameters in another order: those of layer {name!r} are "
+                    f"numbers {own['blocks'][name]['parameters']} there, {layout['parameters']} "
+                    "here; make the parameter groups in the same way"
+                )
         names = {i: p for p, i in self._index().items()}
         for key, values in state_dict["state"].items():
             for name in ("momentum_buffer", "exp_avg"):
@@ -618,6 +642,17 @@ class NaturalGradient(torch.optim.Optimizer):
                         f"{tuple(values[name].shape)} there, {tuple(names[key].shape)} here"
                     )
 
+    def _layout(self) -> dict[str, dict[str, list[int]]]:
+        """The shape of each block, and the numbers of the parameters that it covers."""
+        index = self._index()
+        return {
+            name: {
+                "shape": list(block.shape),
+                "parameters": [index[p] for p in block.layer.parameters],
+            }
+            for name, block in self._blocks.items()
+        }
+
     def _index(self) -> dict[Tensor, int]:
         """The number under which `state_dict` knows a parameter."""
         params = [p for group in self.param_groups for p in group["params"]]
@@ -625,17 +660,20 @@ class NaturalGradient(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # A scheduler puts its own `step` on the instance; it and hooks stay behind, as in torch.
-        return {
+        state = {
             key: value
             for key, value in self.__dict__.items()
             if key not in ("_capture", "step") and not key.startswith("_optimizer_")
         }
+        return state | {"closed": self._capture is None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        closed = state.pop("closed", None)
         super().__setstate__(state)
-        if "model" in state:  # unpickled or copied, not load_state_dict
+        if closed is not None:  # unpickled or copied, not load_state_dict
             self._capture = None
-            self._listen()
+            if not closed:
+                self._listen()
 
     def _warn(self, kind: str, words: str) -> None:
         """Warn once for each kind of trouble."""

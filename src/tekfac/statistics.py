@@ -13,25 +13,34 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# Entries of the per-example gradients held at once (4 MiB in float32).
+GRADIENT_ENTRIES = 2**20
+
 
 def square_norms(rows: Tensor) -> Tensor:
     """``Σ_t ‖x_nt‖²``: traces of ``Σ_t x xᵀ``. ``(G, N, T, d)`` to ``(G, N)``."""
     return rows.square().sum(dim=(2, 3))
 
 
-def second_moment(rows: Tensor, weights: Tensor | None = None) -> Tensor:
+def second_moment(rows: Tensor, weights: Tensor | float, total: Tensor | None = None) -> Tensor:
     """``Σ_n w_n Σ_t x_nt x_ntᵀ``. ``(G, N, T, d)`` and ``(G, N)`` to ``(G, d, d)``.
 
     Args:
-        weights: one per example, not negative; all 1 if None.
+        weights: one per example, or one for all.
+        total: what to add the sum to, in place.
     """
-    if weights is not None:
-        rows = rows * weights.sqrt()[:, :, None, None]
-    flat = rows.flatten(1, 2)
-    return flat.mT @ flat
+    weighted = rows * (weights[:, :, None, None] if isinstance(weights, Tensor) else weights)
+    return added(total, weighted.flatten(1, 2).mT, rows.flatten(1, 2))
 
 
-def squared_gradients(a: Tensor, g: Tensor, basis_in: Tensor, basis_out: Tensor) -> Tensor:
+def added(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    """``total + left @ right`` in place, or the product alone; batches of matrices."""
+    return left @ right if total is None else total.baddbmm_(left, right)
+
+
+def squared_gradients(
+    a: Tensor, g: Tensor, basis_in: Tensor, basis_out: Tensor, total: Tensor | None = None
+) -> Tensor:
     """``Σ_n (U_outᵀ D_n U_in)^∘2``, the entries of E[...^∘2] in (2.7) and (3.2) before the mean.
 
     The rotation is done before or after the sum over positions, whichever takes fewer operations;
@@ -40,20 +49,26 @@ def squared_gradients(a: Tensor, g: Tensor, basis_in: Tensor, basis_out: Tensor)
     Args:
         basis_in: ``(G, d_in, d_in)``, eigenvectors in columns.
         basis_out: ``(G, d_out, d_out)``.
+        total: what to add the sum to, in place.
 
     Returns:
         Shape ``(G, d_out, d_in)``.
     """
     positions, d_in, d_out = a.shape[2], a.shape[3], g.shape[3]
+    rotate_first = positions * (d_in**2 + d_out**2) < d_in * d_out * (d_in + d_out)
+    if positions == 1 or rotate_first:
+        a, g = a @ basis_in[:, None], g @ basis_out[:, None]
     if positions == 1:
-        rotated_a = (a.flatten(1, 2) @ basis_in).square()
-        rotated_g = (g.flatten(1, 2) @ basis_out).square()
-        return rotated_g.mT @ rotated_a
-    if positions * (d_in**2 + d_out**2) < d_in * d_out * (d_in + d_out):
-        gradients = (g @ basis_out[:, None]).mT @ (a @ basis_in[:, None])
-    else:
-        gradients = basis_out.mT[:, None] @ (g.mT @ a) @ basis_in[:, None]
-    return gradients.square().sum(dim=1)
+        return added(total, g.square().flatten(1, 2).mT, a.square().flatten(1, 2))
+    step = max(1, GRADIENT_ENTRIES // (a.shape[0] * d_in * d_out))
+    for few_a, few_g in zip(a.split(step, dim=1), g.split(step, dim=1), strict=True):
+        gradients = few_g.mT @ few_a
+        if not rotate_first:
+            gradients = basis_out.mT[:, None] @ gradients @ basis_in[:, None]
+        squares = gradients.square_().sum(dim=1)
+        total = squares if total is None else total.add_(squares)
+    assert total is not None
+    return total
 
 
 def carried_over(scale: Tensor, rotation_in: Tensor, rotation_out: Tensor) -> Tensor:

@@ -42,6 +42,7 @@ class TEKFAC(EKFAC, TKFAC):
     """
 
     make_block = TEKFACBlock
+    _settings = (*EKFAC._settings, "fc_scale")
 
     def __init__(
         self,
