@@ -187,9 +187,8 @@ class Block(ABC):
         """Take the statistics of one backward pass into the sums of the step."""
         if sample.draw == 0:
             self._examples += sample.examples
-        if self.due.factors:
-            for a, g in self.layer.chunks(sample):
-                self.factors.add(a, g, 1 / sample.draws)
+        for a, g in self.layer.chunks(sample):
+            self._add(a, g, 1 / sample.draws)
 
     def precondition(self, matrix: Tensor) -> Tensor:
         """``(F̂ + λ I)⁻¹ ∇h`` for a ``(G, d_out, d_in)`` gradient (2.5): rotate, rescale, rotate."""
@@ -261,6 +260,11 @@ class Block(ABC):
     def _damped_eigenvalues(self) -> Tensor:
         """What a gradient in the basis is divided by, ``(G, d_out, d_in)``, positive."""
 
+    def _add(self, a: Tensor, g: Tensor, weight: float) -> None:
+        """Add a chunk of a sample to the sums of the step, as in `Factors.add`."""
+        if self.due.factors:
+            self.factors.add(a, g, weight)
+
     def _rescale(self, examples: int, gradient_scale: float, decay: float) -> bool:
         """Average the batch's rescaling in; whether it was finite."""
         return True
@@ -330,11 +334,9 @@ class FactoredBlock(Block):
         return (output + damping / pi)[:, :, None] * (input + damping * pi)[:, None]
 
     def fisher_trace(self) -> Tensor:
-        input, output = self.factors.input, self.factors.output
-        assert input is not None
-        assert output is not None
-        traces = [factor.diagonal(dim1=1, dim2=2).sum(1) for factor in (input, output)]
-        return (self.factors.coefficient * traces[0] * traces[1]).sum()
+        basis = self._require_basis()
+        traces = basis.input_values.sum(1) * basis.output_values.sum(1)
+        return (self.factors.coefficient * traces).sum()
 
 
 class CorrectedBlock(Block):
@@ -356,11 +358,8 @@ class CorrectedBlock(Block):
 
     def observe(self, sample: Sample) -> None:
         super().observe(sample)
-        if self.due.scale:
-            if self.due.basis:
-                self._pending.append(sample)  # until the basis that it belongs to is known
-            else:
-                self._add(sample)
+        if self.due.scale and self.due.basis:
+            self._pending.append(sample)  # until the basis that it belongs to is known
 
     def discard(self) -> None:
         super().discard()
@@ -376,15 +375,19 @@ class CorrectedBlock(Block):
         device = self.layer.parameters[0].device
         self.scale = None if scale is None else scale.to(device, copy=True)
 
-    def _add(self, sample: Sample) -> None:
-        basis = self.basis
-        assert basis is not None
-        for a, g in self.layer.chunks(sample):
-            self._sum = squared_gradients(a, g, basis.input, basis.output, self._sum)
+    def _add(self, a: Tensor, g: Tensor, weight: float) -> None:
+        super()._add(a, g, weight)
+        if self.due.scale and not self.due.basis:
+            self._add_squares(a, g)
+
+    def _add_squares(self, a: Tensor, g: Tensor) -> None:
+        assert self.basis is not None
+        self._sum = squared_gradients(a, g, self.basis.input, self.basis.output, self._sum)
 
     def _rescale(self, examples: int, gradient_scale: float, decay: float) -> bool:
         for sample in self._pending:
-            self._add(sample)
+            for a, g in self.layer.chunks(sample):
+                self._add_squares(a, g)
         if self._sum is None:
             return True
         if not bool(torch.isfinite(self._sum).all()):

@@ -46,7 +46,7 @@ class _Call:
     given: bool = False
 
 
-@dataclass
+@dataclass(eq=False)
 class _Pass:
     """One forward pass through the model."""
 
@@ -82,19 +82,38 @@ class Capture:
         self.without_grad: set[str] = set()
         """Layers that ran without gradients inside a forward pass that had them."""
         self._pass: _Pass | None = None
+        self._waiting: dict[tuple[_Pass, str], list[_Call]] = {}
         self._handles: list[RemovableHandle] = []
         for module in model.modules():
             _drop_inert(module)
         for name, block in blocks.items():
             self._register(block.layer.module, "_after_layer", name)
         self._handles.append(model.register_forward_pre_hook(_Hook(self, "_before_model")))
-        self._handles.append(model.register_forward_hook(_Hook(self, "_after_model")))
+        self._handles.append(
+            model.register_forward_hook(_Hook(self, "_after_model"), always_call=True)
+        )
         weakref.finalize(self, _remove, self._handles)
 
     def close(self) -> None:
         """Remove all hooks. Harmless when done twice."""
         _remove(self._handles)
+        self.discard()
         self._pass = None
+
+    def flush(self) -> None:
+        """Give the samples of layers of whose calls the backward pass has reached only some."""
+        for key in list(self._waiting):
+            self._give_waiting(*key)
+
+    def discard(self) -> None:
+        """Forget those samples."""
+        self._waiting.clear()
+
+    def _give_waiting(self, here: _Pass, name: str) -> None:
+        calls = self._waiting.pop((here, name))
+        _give(calls, [call.gradient for call in calls], here.examples)
+        for call in calls:
+            call.input, call.gradient, call.given = None, None, True
 
     def _register(self, module: nn.Module, method: str, name: str) -> None:
         hook = _Hook(self, method, name)
@@ -127,7 +146,7 @@ class Capture:
 
     def _after_model(self, module: nn.Module, args: Any, result: Any) -> None:
         here, self._pass = self._pass, None
-        if here is None or not here.calls:
+        if here is None or not here.calls or result is None:  # None: the forward has failed
             return
         self.passes += 1
         if self.fisher is None:
@@ -155,10 +174,9 @@ class Capture:
             return
         call.gradient = gradient.detach()
         calls = [other for other in here.calls if other.block is call.block]
+        self._waiting[here, call.block.name] = calls
         if all(other.gradient is not None for other in calls):
-            _give(calls, [other.gradient for other in calls], here.examples)
-            for other in calls:
-                other.input, other.gradient, other.given = None, None, True
+            self._give_waiting(here, call.block.name)
 
     def _differentiate(self, here: _Pass, values: Tensor, number: int, gradient: Tensor) -> None:
         """The user's backward pass has reached the network's output."""

@@ -138,7 +138,7 @@ class Layer(ABC):
             ValueError: naming the layer and both widths.
         """
         width, expected = self._width(x), self._expected_width()
-        if width != expected:
+        if self.weight is not None and width != expected:
             raise ValueError(
                 f"layer {self.name!r} got an input of shape {tuple(x.shape)}, width {width}, but "
                 f"its curvature block was built for width {expected}: make a new optimizer after a "
@@ -379,6 +379,12 @@ def assign(model: nn.Module, exclude: Sequence[str | type[nn.Module]]) -> Assign
             if parameter is not None:
                 uses[parameter] = uses.get(parameter, 0) + 1
 
+    bypassed = {
+        child
+        for module in names.values()
+        if isinstance(module, nn.MultiheadAttention)
+        for child in module.children()
+    }
     result = Assignment({}, {}, {})
     for name, module in names.items():
         own = {key: p for key, p in module._parameters.items() if p is not None}
@@ -398,6 +404,8 @@ def assign(model: nn.Module, exclude: Sequence[str | type[nn.Module]]) -> Assign
             reason = "shared between modules"
         elif kind_of(module) is None or "weight" not in own:
             reason = f"{type(module).__name__} has no curvature block"
+        elif module in bypassed:
+            reason = "MultiheadAttention uses its weight without calling it"
         else:
             result.modules[name] = module
             result.owner.update(dict.fromkeys(own.values(), name))

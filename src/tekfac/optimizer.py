@@ -242,9 +242,10 @@ class NaturalGradient(torch.optim.Optimizer):
             self._capture.close()
             self._capture = None
 
-    def _check_open(self) -> None:
+    def _open(self) -> Capture:
         if self._capture is None:
             raise RuntimeError(f"this {self._method} optimizer is closed: its hooks were removed")
+        return self._capture
 
     # -- parameter groups --------------------------------------------------------------------------
 
@@ -265,7 +266,7 @@ class NaturalGradient(torch.optim.Optimizer):
             RuntimeError: after `close`.
         """
         if self._blocks:
-            self._check_open()
+            self._open()
         if not isinstance(param_group, dict):
             raise TypeError(
                 f"a parameter group is a dict with 'params', got {type(param_group).__name__}"
@@ -361,7 +362,7 @@ class NaturalGradient(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._check_open()
+        capture = self._open()
         bad = self._not_finite()
         if bad is not None:
             self._counters["skipped_steps"] += 1
@@ -372,8 +373,9 @@ class NaturalGradient(torch.optim.Optimizer):
             )
             self._discard()
             return loss
+        capture.flush()
         self._update_curvature()
-        self._check_measured()
+        self._check_measured(capture)
         self._apply()
         self._counters["steps"] += 1
         self._set_due()
@@ -387,6 +389,8 @@ class NaturalGradient(torch.optim.Optimizer):
     def _discard(self) -> None:
         for block in self._blocks.values():
             block.discard()
+        if self._capture is not None:
+            self._capture.discard()
 
     def _due(self, step: int) -> Due:
         """What is due in a step, counted from 0."""
@@ -430,7 +434,7 @@ class NaturalGradient(torch.optim.Optimizer):
     def _update_fc_scale(self) -> None:
         """Bring β of the fully-connected blocks up to date, where the method has it."""
 
-    def _check_measured(self) -> None:
+    def _check_measured(self, capture: Capture) -> None:
         """Raise or warn if layers have gradients but no curvature."""
         missing = [
             block.name
@@ -443,10 +447,9 @@ class NaturalGradient(torch.optim.Optimizer):
             self._counters[known] for known in ("skipped_statistics", "failed_decompositions")
         ):
             return
-        assert self._capture is not None
-        if self._capture.without_grad.intersection(missing):
+        if capture.without_grad.intersection(missing):
             raise RuntimeError(REENTRANT)
-        if self._capture.passes == 0 and len(missing) == len(self._blocks):
+        if capture.passes == 0 and len(missing) == len(self._blocks):
             raise RuntimeError(
                 "step() found gradients, but no statistics could be taken: call the model itself "
                 f"({type(self.model).__name__}.__call__, the module given to {self._method}), in "

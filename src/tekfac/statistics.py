@@ -57,18 +57,23 @@ def squared_gradients(
     positions, d_in, d_out = a.shape[2], a.shape[3], g.shape[3]
     rotate_first = positions * (d_in**2 + d_out**2) < d_in * d_out * (d_in + d_out)
     if positions == 1 or rotate_first:
-        a, g = a @ basis_in[:, None], g @ basis_out[:, None]
+        a, g = rotated(a, basis_in), rotated(g, basis_out)
     if positions == 1:
         return added(total, g.square().flatten(1, 2).mT, a.square().flatten(1, 2))
     step = max(1, GRADIENT_ENTRIES // (a.shape[0] * d_in * d_out))
     for few_a, few_g in zip(a.split(step, dim=1), g.split(step, dim=1), strict=True):
         gradients = few_g.mT @ few_a
         if not rotate_first:
-            gradients = basis_out.mT[:, None] @ gradients @ basis_in[:, None]
+            gradients = basis_out.mT[:, None] @ rotated(gradients, basis_in)
         squares = gradients.square_().sum(dim=1)
         total = squares if total is None else total.add_(squares)
     assert total is not None
     return total
+
+
+def rotated(rows: Tensor, basis: Tensor) -> Tensor:
+    """``rows @ basis`` for ``(G, N, T, d)`` and ``(G, d, d)``, as one product per group."""
+    return (rows.flatten(1, 2) @ basis).view(rows.shape)
 
 
 def carried_over(scale: Tensor, rotation_in: Tensor, rotation_out: Tensor) -> Tensor:
