@@ -241,14 +241,16 @@ class Block(ABC):
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over what `state_dict` gave, on the layer's device, in copies."""
+        """Take over what `state_dict` gave, in copies on the layer's device, in its precision."""
         self.discard()
-        device = self.layer.parameters[0].device
-        state = {name: value.to(device, copy=True) for name, value in state.items()}
+        state = {name: self._adopted(value) for name, value in state.items()}
         self.factors.load_state_dict(_under(state, "factor."))
         basis = _under(state, "basis.")
         self.basis = Basis(**basis) if basis else None
         self.silent = bool(state["silent"])
+
+    def _adopted(self, value: Tensor) -> Tensor:
+        return value.to(self.layer.parameters[0].device, self.layer.dtype, copy=True)
 
     # -- what the rescaling decides ----------------------------------------------------------------
 
@@ -372,8 +374,7 @@ class CorrectedBlock(Block):
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         super().load_state_dict(state)
         scale = state.get("scale")
-        device = self.layer.parameters[0].device
-        self.scale = None if scale is None else scale.to(device, copy=True)
+        self.scale = None if scale is None else self._adopted(scale)
 
     def _add(self, a: Tensor, g: Tensor, weight: float) -> None:
         super()._add(a, g, weight)

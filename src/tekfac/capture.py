@@ -92,7 +92,6 @@ class Capture:
         self._handles.append(
             model.register_forward_hook(_Hook(self, "_after_model"), always_call=True)
         )
-        weakref.finalize(self, _remove, self._handles)
 
     def close(self) -> None:
         """Remove all hooks. Harmless when done twice."""
@@ -139,6 +138,11 @@ class Capture:
         seen = None if block.layer.weight is None else x.detach()
         call = _Call(block, seen, len(block.layer.batched(out)))
         here.calls.append(call)
+        self._follow(here, call, out)
+
+    # A hook put on a tensor inside a compiled graph would not run.
+    @torch._disable_dynamo  # type: ignore[attr-defined,untyped-decorator]
+    def _follow(self, here: _Pass, call: _Call, out: Tensor) -> None:
         if self.fisher is None:
             out.register_hook(lambda gradient: self._received(here, call, gradient))
         else:
@@ -277,3 +281,4 @@ def _drop_inert(module: nn.Module) -> None:
         for key in [key for key, hook in hooks.items() if hook is inert]:
             del hooks[key]
             module._forward_hooks_with_kwargs.pop(key, None)
+            module._forward_hooks_always_called.pop(key, None)

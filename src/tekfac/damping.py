@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from tekfac.checks import check_positive
@@ -38,7 +39,8 @@ def damping_of(rule: Damping, trace: Tensor, dim: int) -> Tensor:
     """The damping λ (0-dimensional) of a block with this trace and ``dim`` rows."""
     if isinstance(rule, TraceDamping):
         return trace.clamp_min(rule.nu) / dim
-    return trace.new_full((), rule)
+    # A number too small for the block's precision must not become a division by 0.
+    return trace.new_full((), rule).clamp_min(torch.finfo(trace.dtype).tiny)
 
 
 def check_damping(rule: object, *, trace_damping: bool, method: str) -> None:

@@ -80,4 +80,4 @@ def adam_step(
 def decay_weights(params: Sequence[Tensor], group: Mapping[str, Any]) -> None:
     """``θ ← θ − lr · weight_decay · θ``."""
     if group["weight_decay"]:
-        torch._foreach_mul_(list(params), 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_mul_(list(params), 1 - float(group["lr"] * group["weight_decay"]))

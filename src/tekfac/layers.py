@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -355,8 +355,12 @@ def assign(model: nn.Module, exclude: Sequence[str | type[nn.Module]]) -> Assign
 
     Raises:
         ValueError: for a name that is no module's, and for a parameter without a shape yet.
-        TypeError: for an entry that is neither a name nor a module class.
+        TypeError: for an entry that is neither a name nor a module class, and for no list of them.
     """
+    if isinstance(exclude, str) or not isinstance(exclude, Iterable):
+        raise TypeError(
+            f"exclude takes a list of module names and nn.Module classes, got {exclude!r}"
+        )
     names = dict(model.named_modules())
     for entry in exclude:
         if isinstance(entry, str):

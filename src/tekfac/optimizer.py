@@ -260,17 +260,15 @@ class NaturalGradient(torch.optim.Optimizer):
                 "weight_decay" and "damping".
 
         Raises:
-            TypeError: if it is no dict, or holds something that is no parameter.
+            TypeError: if it is no dict with "params", or holds something that is no parameter.
             ValueError: for a setting out of its range, a parameter that is in a group already, or
                 one of a layer whose block exists and covers only the layer's other parameter.
             RuntimeError: after `close`.
         """
         if self._blocks:
             self._open()
-        if not isinstance(param_group, dict):
-            raise TypeError(
-                f"a parameter group is a dict with 'params', got {type(param_group).__name__}"
-            )
+        if not isinstance(param_group, dict) or "params" not in param_group:
+            raise TypeError(f"a parameter group is a dict with 'params', got {param_group!r}")
         group = dict(param_group)
         members = group.pop("params")
         members = [members] if isinstance(members, Tensor) else list(members)
@@ -374,8 +372,7 @@ class NaturalGradient(torch.optim.Optimizer):
             self._discard()
             return loss
         capture.flush()
-        self._update_curvature()
-        self._check_measured(capture)
+        self._check_measured(capture, self._update_curvature())
         self._apply()
         self._counters["steps"] += 1
         self._set_due()
@@ -408,11 +405,15 @@ class NaturalGradient(torch.optim.Optimizer):
             else:
                 block.due = usual
 
-    def _update_curvature(self) -> None:
+    def _update_curvature(self) -> set[str]:
+        """Bring all blocks up to date; names of those whose batch was unusable."""
+        troubled = set()
         scale = None if self.fisher is None and self.loss_reduction == "mean" else 1.0
         listened = any(block.listening for block in self._blocks.values())
         for block in self._blocks.values():
             report = block.update(scale, self.factor_decay, self.scale_decay)
+            if report.skipped or report.failed:
+                troubled.add(block.name)
             if report.skipped:
                 self._counters["skipped_statistics"] += 1
                 self._warn(
@@ -430,22 +431,22 @@ class NaturalGradient(torch.optim.Optimizer):
                 )
         if listened:
             self._update_fc_scale()
+        return troubled
 
     def _update_fc_scale(self) -> None:
         """Bring β of the fully-connected blocks up to date, where the method has it."""
 
-    def _check_measured(self, capture: Capture) -> None:
-        """Raise or warn if layers have gradients but no curvature."""
+    def _check_measured(self, capture: Capture, troubled: set[str]) -> None:
+        """Raise or warn if layers have gradients but no curvature, and no known trouble."""
         missing = [
             block.name
             for block in self._blocks.values()
             if block.empty
             and not block.silent
+            and block.name not in troubled
             and any(p.grad is not None for p in block.layer.parameters)
         ]
-        if not missing or any(
-            self._counters[known] for known in ("skipped_statistics", "failed_decompositions")
-        ):
+        if not missing:
             return
         if capture.without_grad.intersection(missing):
             raise RuntimeError(REENTRANT)
@@ -532,7 +533,7 @@ class NaturalGradient(torch.optim.Optimizer):
             else:
                 steps = buffers
         decay_weights(params, group)
-        torch._foreach_add_(params, steps, alpha=-group["lr"])
+        torch._foreach_add_(params, steps, alpha=-float(group["lr"]))
 
     # -- state -------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from tekfac.blocks import CorrectedBlock
-from tekfac.damping import Damping, TraceDamping
+from tekfac.damping import Damping
 from tekfac.ekfac import EKFAC
 from tekfac.factors import TraceRestrictedFactors
 from tekfac.optimizer import Common
@@ -50,7 +50,7 @@ class TEKFAC(EKFAC, TKFAC):
         lr: float = 1e-3,
         momentum: float = 0.9,
         *,
-        damping: Damping = TraceDamping(),
+        damping: Damping = 1e-2,
         fc_scale: float | str = "auto",
         scale_every: int = 10,
         scale_decay: float = 0.95,

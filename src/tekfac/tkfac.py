@@ -9,7 +9,7 @@ from torch import nn
 
 from tekfac.blocks import Block, FactoredBlock
 from tekfac.checks import check_positive
-from tekfac.damping import Damping, TraceDamping
+from tekfac.damping import Damping
 from tekfac.factors import TraceRestrictedFactors
 from tekfac.layers import ConvLayer
 from tekfac.optimizer import Common, NaturalGradient
@@ -44,7 +44,8 @@ class TKFAC(NaturalGradient):
     of the multiplied block.
 
     Args:
-        damping: λ, or by default what follows the trace of each layer's block (3.5).
+        damping: λ, a positive float, or a `TraceDamping`, which follows the trace of each layer's
+            block (3.5): the paper's choice for convolutional networks with batch normalisation.
         fc_scale: "auto" for that β, or a positive number in its place; 1 switches it off.
 
     All other arguments and errors: see `NaturalGradient`.
@@ -62,7 +63,7 @@ class TKFAC(NaturalGradient):
         lr: float = 1e-3,
         momentum: float = 0.9,
         *,
-        damping: Damping = TraceDamping(),
+        damping: Damping = 1e-2,
         fc_scale: float | str = "auto",
         **common: Unpack[Common],
     ) -> None:

@@ -1,0 +1,108 @@
+"""The first step of each method against dense solves with the blocks of `reference`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import reference
+import tekfac
+from harness import CONVOLUTIONAL, METHODS, NETWORKS, TOLERANCE, TRACED, SideBySide, batch, relative
+from reference import Trace
+
+FISHERS = ["empirical", "exact"]
+# One ν that every trace is above, and one that none is.
+TRACE_DAMPINGS = [Trace(1e-6), Trace(1e3)]
+
+
+def first_step(network: str, method: str, *, bias: bool = True, **options: object) -> SideBySide:
+    torch.manual_seed(3)
+    model = NETWORKS[network](bias)
+    return SideBySide(model, method, **options).step(*batch(network, 6))
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+@pytest.mark.parametrize("fisher", FISHERS)
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("method", METHODS)
+def test_constant_damping(method: str, network: str, fisher: str, bias: bool) -> None:
+    first_step(network, method, fisher=fisher, bias=bias, damping=1e-2).check_parameters()
+
+
+@pytest.mark.parametrize("damping", [1e-8, 10.0])
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("method", METHODS)
+def test_extreme_damping(method: str, network: str, damping: float) -> None:
+    first_step(network, method, damping=damping).check_parameters()
+
+
+@pytest.mark.parametrize("damping", TRACE_DAMPINGS, ids=str)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+@pytest.mark.parametrize("fisher", FISHERS)
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("method", TRACED)
+def test_trace_damping(method: str, network: str, fisher: str, bias: bool, damping: Trace) -> None:
+    first_step(network, method, fisher=fisher, bias=bias, damping=damping).check_parameters()
+
+
+@pytest.mark.parametrize("damping", [1e-2, Trace(1e-2)], ids=str)
+@pytest.mark.parametrize("fc_scale", [3.0, 0.5, "auto"])
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("method", TRACED)
+def test_fully_connected_scale(
+    method: str, network: str, fc_scale: float | str, damping: float | Trace
+) -> None:
+    torch.manual_seed(3)
+    model = NETWORKS[network]()
+    with torch.no_grad():
+        # A steep last layer gives the layers below it traces larger than its own: β > 1.
+        model[-1].weight.mul_(8.0)
+    pair = SideBySide(model, method, damping=damping, fc_scale=fc_scale).step(*batch(network, 6))
+    pair.check_parameters()
+    pair.check_blocks()
+    betas = {name: pair.slow.beta(name) for name in pair.slow.blocks}
+    if network == "mlp":
+        assert set(betas.values()) == {1.0}
+    elif fc_scale == "auto":
+        assert max(betas.values()) > 3.0
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("method", METHODS)
+def test_blocks(method: str, network: str, bias: bool) -> None:
+    pair = first_step(network, method, bias=bias)
+    pair.check_blocks()
+    for name, block in pair.fast.blocks.items():
+        layer = pair.slow.layers[name]
+        inputs = layer.weight[0].numel() + bias
+        assert block.name == name
+        assert block.shape == (len(layer.weight), inputs)
+        assert block.groups == len(pair.slow.blocks[name])
+
+        dense = pair.slow.dense(name)
+        assert block.eigenvalues.shape == block.shape
+        expected = torch.linalg.eigvalsh(dense)
+        assert relative(block.eigenvalues.flatten().sort().values, expected) < TOLERANCE
+
+        damped = torch.block_diag(*pair.slow.damped(name))
+        v = torch.randn(len(dense), dtype=torch.float64)
+        assert relative(block.matvec(v), dense @ v) < TOLERANCE
+        assert relative(block.inverse_matvec(v), torch.linalg.solve(damped, v)) < TOLERANCE
+        for apply in (block.matvec, block.inverse_matvec):
+            assert torch.equal(apply(v.reshape(block.shape)), apply(v).reshape(block.shape))
+
+
+@pytest.mark.parametrize("network", CONVOLUTIONAL)
+@pytest.mark.parametrize("method", METHODS)
+def test_gaussian_convolutions_are_not_a_special_case(method: str, network: str) -> None:
+    """Regression in a convolutional network: another likelihood, another loss, the same rules."""
+    torch.manual_seed(3)
+    x, _ = batch(network, 5)
+    SideBySide(
+        NETWORKS[network](),
+        method,
+        loss=lambda out, y: (out - y).square().sum(1).mean(),
+        draws=reference.gaussian(0.5),
+        likelihood=tekfac.Gaussian(variance=0.5),
+    ).step(x, torch.randn(5, 3, dtype=torch.float64)).check_parameters()
