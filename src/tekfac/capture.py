@@ -141,7 +141,7 @@ class Capture:
         self._follow(here, call, out)
 
     # A hook put on a tensor inside a compiled graph would not run.
-    @torch._disable_dynamo  # type: ignore[attr-defined,untyped-decorator]
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     def _follow(self, here: _Pass, call: _Call, out: Tensor) -> None:
         if self.fisher is None:
             out.register_hook(lambda gradient: self._received(here, call, gradient))

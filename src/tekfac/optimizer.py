@@ -459,8 +459,8 @@ class NaturalGradient(torch.optim.Optimizer):
         self._warn(
             "missing",
             f"no curvature of layers {', '.join(map(repr, missing))}: they have gradients, but "
-            "their forward did not run as a module in training mode, or the loss does not depend "
-            "on the model's output; the first-order rule trains them",
+            "their forward did not run as a module in training mode, the batch was empty, or the "
+            "loss does not depend on the model's output; the first-order rule trains them",
         )
 
     def _not_finite(self) -> str | None:

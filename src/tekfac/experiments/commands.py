@@ -1,0 +1,487 @@
+"""The commands ``tekfac train`` and ``tekfac compare``: options in, text and progress out."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Column, Table
+
+from tekfac.experiments import comparison
+from tekfac.experiments.config import Config, default_device, default_threads
+from tekfac.experiments.data import EMBEDDED, Dataset, load
+from tekfac.experiments.errors import Diverged, InputError
+from tekfac.experiments.metrics import EpochMetrics, History
+from tekfac.experiments.networks import NETWORKS
+from tekfac.experiments.optimizers import METHODS, has_setting
+from tekfac.experiments.runs import RunFolder
+from tekfac.experiments.schedules import SCHEDULES, Schedule
+from tekfac.experiments.training import BatchProgress, Watcher, check, fit
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+RUNS = Path("runs")
+BAD_INPUT, FAILURE, INTERRUPTED = 2, 1, 130
+
+app = typer.Typer(
+    help="Train networks on images with natural-gradient optimizers, and compare them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console(highlight=False, markup=False)
+
+TASK, METHOD = "Task", "Optimizer (where the method has the setting)"
+
+Data = Annotated[
+    str | None,
+    typer.Option(
+        help=f"{', '.join(EMBEDDED)}, an .npz file (x_train, y_train, x_test, y_test), or a folder "
+        f"of pictures. (default: {Config.data})",
+        rich_help_panel=TASK,
+    ),
+]
+ImageSize = Annotated[
+    int | None,
+    typer.Option(
+        help="Pixels to which an image folder's pictures are resized. (default: 32)",
+        rich_help_panel=TASK,
+    ),
+]
+Network = Annotated[
+    str | None,
+    typer.Option(help=f"{', '.join(NETWORKS)}. (default: {Config.network})", rich_help_panel=TASK),
+]
+Epochs = Annotated[
+    int | None, typer.Option(help=f"(default: {Config.epochs})", rich_help_panel=TASK)
+]
+BatchSize = Annotated[
+    int | None, typer.Option(help=f"(default: {Config.batch_size})", rich_help_panel=TASK)
+]
+ScheduleName = Annotated[
+    str | None,
+    typer.Option(
+        help=f"Learning rate over time: {', '.join(SCHEDULES)}. (default: constant)",
+        rich_help_panel=TASK,
+    ),
+]
+Warmup = Annotated[
+    float | None,
+    typer.Option(help="Epochs of linear warm-up. (default: 0)", rich_help_panel=TASK),
+]
+StepEvery = Annotated[
+    int | None,
+    typer.Option(
+        help="Epochs between steps of --schedule step. (default: 20)", rich_help_panel=TASK
+    ),
+]
+StepFactor = Annotated[
+    float | None,
+    typer.Option(help="Factor of each such step. (default: 0.1)", rich_help_panel=TASK),
+]
+Device = Annotated[
+    str | None,
+    typer.Option(help="cpu, cuda, ... (default: cuda if there is one)", rich_help_panel=TASK),
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(help="CPU threads. (default: torch's, 1 for digits)", rich_help_panel=TASK),
+]
+Momentum = Annotated[float | None, typer.Option(rich_help_panel=METHOD)]
+WeightDecay = Annotated[float | None, typer.Option(rich_help_panel=METHOD)]
+Damping = Annotated[float | None, typer.Option(help="Constant damping λ.", rich_help_panel=METHOD)]
+Nu = Annotated[
+    float | None,
+    typer.Option(help="ν of trace damping (TKFAC, TEKFAC).", rich_help_panel=METHOD),
+]
+Fisher = Annotated[str | None, typer.Option(help="mc, exact or empirical.", rich_help_panel=METHOD)]
+FactorEvery = Annotated[
+    int | None, typer.Option(help="Steps between statistics.", rich_help_panel=METHOD)
+]
+ScaleEvery = Annotated[
+    int | None, typer.Option(help="Steps between rescalings.", rich_help_panel=METHOD)
+]
+BasisEvery = Annotated[
+    int | None, typer.Option(help="Steps between eigenbases.", rich_help_panel=METHOD)
+]
+
+
+TASK_OPTIONS = ("data", "image_size", "network", "epochs", "batch_size", "device", "threads")
+SCHEDULE_OPTIONS = ("warmup", "step_every", "step_factor")
+SETTING_OPTIONS = (
+    "lr",
+    "momentum",
+    "weight_decay",
+    "damping",
+    "nu",
+    "fisher",
+    "factor_every",
+    "scale_every",
+    "basis_every",
+)
+
+
+def run() -> None:
+    """Run the command line; exits with the command's status."""
+    warnings.showwarning = _show_warning
+    app()
+
+
+@app.command()
+def train(
+    context: typer.Context,
+    optimizer: Annotated[
+        str | None,
+        typer.Option(help=f"{', '.join(METHODS)}. (default: {Config.optimizer})"),
+    ] = None,
+    data: Data = None,
+    image_size: ImageSize = None,
+    network: Network = None,
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
+    schedule: ScheduleName = None,
+    warmup: Warmup = None,
+    step_every: StepEvery = None,
+    step_factor: StepFactor = None,
+    device: Device = None,
+    threads: Threads = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            help="Fixes initial weights, data order and sampled labels. (default: 0)",
+            rich_help_panel=TASK,
+        ),
+    ] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate.", rich_help_panel=METHOD)] = None,
+    momentum: Momentum = None,
+    weight_decay: WeightDecay = None,
+    damping: Damping = None,
+    nu: Nu = None,
+    fisher: Fisher = None,
+    factor_every: FactorEvery = None,
+    scale_every: ScaleEvery = None,
+    basis_every: BasisEvery = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Run folder. (default: runs/DATA-NETWORK-OPTIMIZER-seedSEED)"),
+    ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            help="Continue the run in this folder; of all options only --epochs goes along."
+        ),
+    ] = None,
+) -> None:
+    """Train a network. Without options: handwritten digits, a small convolutional net, TEKFAC.
+
+    Options left out take values tuned for the digits; config.json in the run folder records all.
+    """
+    given = _given(context)
+    with _plain_errors():
+        if resume is not None:
+            if others := sorted(given.keys() - {"resume", "epochs"}):
+                raise InputError(
+                    f"--{others[0].replace('_', '-')} cannot be changed when a run is resumed, "
+                    "only --epochs can"
+                )
+            with RunFolder.open(resume) as folder:
+                _train(folder, load(folder.config.data, folder.config.image_size), epochs)
+            return
+        settings = {key: given[key] for key in SETTING_OPTIONS if key in given}
+        config = _config(given, Config.optimizer if optimizer is None else optimizer, settings)
+        dataset = load(config.data, config.image_size)
+        check(config, dataset)
+        with (
+            RunFolder.create_numbered(RUNS / config.name, config)
+            if out is None
+            else RunFolder.create(out, config)
+        ) as folder:
+            _train(folder, dataset, None)
+
+
+def _train(folder: RunFolder, dataset: Dataset, epochs: int | None) -> None:
+    with EpochLines() as watcher:
+        try:
+            history = fit(folder, dataset, watcher, epochs)
+        except KeyboardInterrupt:
+            if not watcher.started:
+                raise
+            watcher.close()
+            _fail(
+                f"interrupted; the checkpoint holds {watcher.done} of {folder.config.epochs} "
+                f"epochs. Continue with:\n  tekfac train --resume {shlex.quote(str(folder.path))}",
+                INTERRUPTED,
+            )
+        except Diverged as error:
+            watcher.close()
+            _fail(
+                f"{error}. A smaller --lr or more damping may help. Finished epochs kept in "
+                f"{folder.path}: {watcher.done}",
+                FAILURE,
+            )
+    accuracy = f"test accuracy {100 * history[-1].test_accuracy:.2f} %"
+    if watcher.started:
+        console.print(f"{accuracy} after {len(history)} epochs; run in {folder.path}")
+    else:
+        console.print(
+            f"{folder.path} is finished: {len(history)} of {folder.config.epochs} epochs, "
+            f"{accuracy}. Nothing changed."
+        )
+
+
+@app.command()
+def compare(
+    context: typer.Context,
+    optimizers: Annotated[str, typer.Option(help="Names, separated by commas.")] = ",".join(
+        METHODS
+    ),
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each optimizer, seeds 0, 1, ...")] = 3,
+    target: Annotated[
+        float, typer.Option(min=0, max=1, help="Test accuracy to count epochs to.")
+    ] = 0.97,
+    data: Data = None,
+    image_size: ImageSize = None,
+    network: Network = None,
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
+    schedule: ScheduleName = None,
+    warmup: Warmup = None,
+    step_every: StepEvery = None,
+    step_factor: StepFactor = None,
+    device: Device = None,
+    threads: Threads = None,
+    lr: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE",
+            help="Learning rate of one optimizer; may be repeated.",
+            rich_help_panel=METHOD,
+        ),
+    ] = None,
+    momentum: Momentum = None,
+    weight_decay: WeightDecay = None,
+    damping: Damping = None,
+    nu: Nu = None,
+    fisher: Fisher = None,
+    factor_every: FactorEvery = None,
+    scale_every: ScaleEvery = None,
+    basis_every: BasisEvery = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for runs, picture and table; runs that it holds already are reused.  "
+            "(default: runs/compare-DATA-NETWORK)"
+        ),
+    ] = None,
+) -> None:
+    """Run several optimizers on one task; draw their curves and print a table.
+
+    Runs of one seed share initial weights and data order. Interrupted, the same command goes on.
+    """
+    given = _given(context)
+    with _plain_errors():
+        names = list(dict.fromkeys(name.strip() for name in optimizers.split(",")))
+        rates = _learning_rates(lr or [], names)
+        configs = {}
+        for name in names:
+            settings = {
+                key: given[key]
+                for key in SETTING_OPTIONS
+                if key != "lr" and key in given and has_setting(name, key)
+            }
+            configs[name] = _config(given, name, {**settings, **rates.get(name, {})})
+        for key in SETTING_OPTIONS:
+            if key in given and not any(has_setting(name, key) for name in names):
+                raise InputError(f"--{key.replace('_', '-')} does nothing with {', '.join(names)}")
+        first = configs[names[0]]
+        dataset = load(first.data, first.image_size)
+        for config in configs.values():
+            check(config, dataset)
+        task = f"{dataset.name}, {first.network}"
+        path = RUNS / f"compare-{dataset.name}-{first.network}" if out is None else out
+        with Bar() as bar:
+            try:
+                outcomes = comparison.compare(configs, seeds, path, dataset, bar.for_run)
+            except KeyboardInterrupt:
+                bar.close()
+                _fail("interrupted; the same command continues where it stopped", INTERRUPTED)
+        title = f"{task}: mean and range of {seeds} seeds" if seeds > 1 else task
+        comparison.save(outcomes, path, title, target)
+        header, rows = comparison.table(outcomes, target)
+        table = Table(*(Column(title, no_wrap=True) for title in header), box=box.SIMPLE_HEAD)
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+        console.print(f"picture, table and runs in {path}")
+
+
+class Interruption:
+    """Holds back the first Ctrl-C until the program is ready for it; a second one acts at once.
+
+    Python would raise KeyboardInterrupt anywhere, also within torch's C++ code, some of which turns
+    it into another error or ends the process.
+    """
+
+    def __init__(self) -> None:
+        self._requested = False
+        self._previous = signal.signal(signal.SIGINT, self._request)
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        self._requested = True
+        self.close()
+
+    def check(self) -> None:
+        """Raise KeyboardInterrupt if there was a Ctrl-C."""
+        if self._requested:
+            raise KeyboardInterrupt
+
+    def close(self) -> None:
+        """Let Ctrl-C act as before."""
+        signal.signal(signal.SIGINT, self._previous)
+
+
+class Bar(Watcher):
+    """A live bar over all batches of a run: epoch, loss, accuracy, seconds.
+
+    Ctrl-C raises KeyboardInterrupt after the batch in which it was pressed.
+    """
+
+    def __init__(self) -> None:
+        self._interruption = Interruption()
+        self.done = 0
+        self.started = False
+        self._label = ""
+        self._task: TaskID | None = None
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take the bar off the screen; harmless when done twice."""
+        self._progress.stop()
+        self._interruption.close()
+
+    def for_run(self, config: Config) -> Self:
+        """This bar, labelled for a run of a comparison."""
+        self._label = f"{METHODS[config.optimizer].label}, seed {config.seed}, "
+        return self
+
+    def on_start(self, config: Config, history: History, batches: int) -> None:
+        self.done, self.started = len(history), True
+        self._epochs = config.epochs
+        if self._task is not None:
+            self._progress.remove_task(self._task)
+        self._task = self._progress.add_task(
+            f"{self._label}epoch {self.done + 1}/{config.epochs}",
+            total=config.epochs * batches,
+            completed=self.done * batches,
+            numbers="",
+        )
+        self._progress.start()
+
+    def on_batch(self, progress: BatchProgress) -> None:
+        self._interruption.check()
+        if self._task is not None:
+            self._progress.update(
+                self._task,
+                description=f"{self._label}epoch {progress.epoch}/{self._epochs}",
+                completed=(progress.epoch - 1) * progress.batches + progress.batch,
+                numbers=f"loss {progress.loss:.4f}  accuracy {100 * progress.accuracy:5.1f} %  "
+                f"{progress.seconds:.1f} s",
+            )
+
+    def on_epoch(self, metrics: EpochMetrics) -> None:
+        self.done = metrics.epoch
+
+
+class EpochLines(Bar):
+    """The bar, and above it a line for each epoch that is done."""
+
+    def on_start(self, config: Config, history: History, batches: int) -> None:
+        super().on_start(config, history, batches)
+        settings = ", ".join(f"{key} {value}" for key, value in config.settings.items())
+        console.print(f"{METHODS[config.optimizer].label} ({settings})")
+        console.print(f"{config.data}, {config.network}, seed {config.seed}, on {config.device}")
+        console.print("epoch   training loss  accuracy      test loss  accuracy    seconds")
+
+    def on_epoch(self, metrics: EpochMetrics) -> None:
+        super().on_epoch(metrics)
+        console.print(
+            f"{metrics.epoch:5d}"
+            f"   {metrics.train_loss:13.4f}  {100 * metrics.train_accuracy:6.2f} %"
+            f"  {metrics.test_loss:13.4f}  {100 * metrics.test_accuracy:6.2f} %"
+            f"  {metrics.seconds:9.1f}"
+        )
+
+
+def _given(context: typer.Context) -> dict[str, Any]:
+    return {key: value for key, value in context.params.items() if value is not None}
+
+
+def _config(given: Mapping[str, Any], optimizer: str, settings: Mapping[str, Any]) -> Config:
+    task = {key: given[key] for key in TASK_OPTIONS if key in given}
+    task.setdefault("device", default_device())
+    task.setdefault("threads", default_threads(task.get("data", Config.data)))
+    if "seed" in given:
+        task["seed"] = given["seed"]
+    times = {key: given[key] for key in SCHEDULE_OPTIONS if key in given}
+    schedule = Schedule(given.get("schedule", "constant"), **times)
+    return Config(optimizer=optimizer, settings=settings, schedule=schedule, **task)
+
+
+def _learning_rates(pairs: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, float]]:
+    rates = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if name not in names or not equals:
+            raise InputError(f"--lr {pair!r} must be NAME=VALUE with a name of {', '.join(names)}")
+        try:
+            rates[name] = {"lr": float(value)}
+        except ValueError:
+            raise InputError(f"--lr {pair!r}: {value!r} is not a number") from None
+    return rates
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    try:
+        yield
+    except InputError as error:
+        _fail(str(error), BAD_INPUT)
+    except OSError as error:
+        where = f": {error.filename}" if error.filename is not None else ""
+        _fail(f"{error.strerror or error}{where}", FAILURE)
+    except KeyboardInterrupt:
+        _fail("interrupted", INTERRUPTED)
+
+
+def _fail(message: str, status: int) -> NoReturn:
+    print(f"tekfac: {message}", file=sys.stderr)
+    raise typer.Exit(status)
+
+
+def _show_warning(message: Warning | str, *where: object, **more: object) -> None:
+    print(f"tekfac: warning: {message}", file=sys.stderr)

@@ -1,0 +1,152 @@
+"""Optimizers by name, each with the settings it has and their tuned defaults."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+import tekfac
+from tekfac.experiments.errors import InputError
+
+Settings = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Method:
+    """An optimizer that a run can name.
+
+    Attributes:
+        label: the name as the literature writes it.
+        defaults: every setting the method has, with its default; a setting not listed here is
+            refused, for it would do nothing.
+        alternatives: settings that may be given in place of a listed one, which they replace.
+        build: makes the optimizer from the network, complete settings, and the generator that
+            draws the labels of ``fisher="mc"``.
+    """
+
+    label: str
+    defaults: Settings
+    build: Callable[[nn.Module, Settings, torch.Generator], Optimizer]
+    alternatives: Mapping[str, str] = field(default_factory=dict)
+
+
+def _sgd(network: nn.Module, settings: Settings, generator: torch.Generator) -> Optimizer:
+    return torch.optim.SGD(network.parameters(), **settings)
+
+
+def _adam(network: nn.Module, settings: Settings, generator: torch.Generator) -> Optimizer:
+    # AdamW is Adam with decoupled weight decay, as the natural-gradient optimizers have it.
+    return torch.optim.AdamW(network.parameters(), **settings)
+
+
+def _natural_gradient(
+    optimizer: Callable[..., Optimizer],
+) -> Callable[[nn.Module, Settings, torch.Generator], Optimizer]:
+    def build(network: nn.Module, settings: Settings, generator: torch.Generator) -> Optimizer:
+        options = dict(settings)
+        if "nu" in options:
+            options["damping"] = tekfac.TraceDamping(options.pop("nu"))
+        if options["fisher"] == "mc":
+            options["generator"] = generator
+        return optimizer(network, **options)
+
+    return build
+
+
+NATURAL_GRADIENT: Settings = {
+    "momentum": 0.9,
+    "weight_decay": 0.0,
+    "fisher": "mc",
+    "factor_every": 10,
+    "basis_every": 20,
+}
+
+# The defaults are tuned for the digits (network cnn, batches of 64, constant schedule). The test
+# images had no part in it: of the training images 300 were held out, and each method took the
+# values that reached 97 % on those in the fewest epochs, mean over three seeds. Tried were, for SGD
+# 36 pairs of lr (0.01 to 0.3) and momentum (0 to 0.95), for Adam 11 values of lr (5e-4 to 3e-2),
+# for KFAC and EKFAC 32 pairs of lr (1e-4 to 3e-2) and damping (1e-4 to 0.3), for TKFAC 24 and for
+# TEKFAC 35 pairs of lr (3e-5 to 1e-2) and nu (1e-3 to 100).
+METHODS: dict[str, Method] = {
+    "sgd": Method("SGD", {"lr": 0.1, "momentum": 0.8, "weight_decay": 0.0}, _sgd),
+    "adam": Method("Adam", {"lr": 4e-3, "weight_decay": 0.0}, _adam),
+    "kfac": Method(
+        "KFAC",
+        {"lr": 1e-4, "damping": 1e-4, **NATURAL_GRADIENT},
+        _natural_gradient(tekfac.KFAC),
+    ),
+    "ekfac": Method(
+        "EKFAC",
+        {"lr": 1e-4, "damping": 3e-4, **NATURAL_GRADIENT, "scale_every": 10},
+        _natural_gradient(tekfac.EKFAC),
+    ),
+    "tkfac": Method(
+        "TKFAC",
+        {"lr": 3e-4, "nu": 1.0, **NATURAL_GRADIENT},
+        _natural_gradient(tekfac.TKFAC),
+        {"damping": "nu"},
+    ),
+    "tekfac": Method(
+        "TEKFAC",
+        {"lr": 1e-4, "nu": 1.0, **NATURAL_GRADIENT, "scale_every": 10},
+        _natural_gradient(tekfac.TEKFAC),
+        {"damping": "nu"},
+    ),
+}
+
+
+def has_setting(name: str, key: str) -> bool:
+    """Whether the method ``name`` is known and has a setting ``key``."""
+    return name in METHODS and key in {*METHODS[name].defaults, *METHODS[name].alternatives}
+
+
+def resolve(name: str, given: Settings) -> dict[str, Any]:
+    """Complete settings of the method ``name``: those given, and defaults for the others.
+
+    Raises:
+        InputError: if the method is unknown or has no such setting.
+    """
+    if name not in METHODS:
+        raise InputError(f"--optimizer {name!r} is unknown; there is: {', '.join(METHODS)}")
+    method = METHODS[name]
+    settings = dict(method.defaults)
+    for key, value in given.items():
+        if not has_setting(name, key):
+            known = sorted({*method.defaults, *method.alternatives})
+            raise InputError(
+                f"{_option(key)} does nothing with --optimizer {name}, whose settings are: "
+                f"{', '.join(_option(each) for each in known)}"
+            )
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"{_option(key)} must be finite, got {value}")
+        replaced = method.alternatives.get(key)
+        if replaced is not None:
+            if replaced in given:
+                raise InputError(f"{_option(key)} takes the place of {_option(replaced)}: give one")
+            settings.pop(replaced, None)
+        settings[key] = value
+    return settings
+
+
+def build(
+    name: str, network: nn.Module, settings: Settings, generator: torch.Generator
+) -> Optimizer:
+    """The optimizer ``name`` with complete settings.
+
+    Raises:
+        InputError: if the optimizer refuses a value.
+    """
+    try:
+        return METHODS[name].build(network, settings, generator)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{name}: {error}") from error
+
+
+def _option(key: str) -> str:
+    return "--" + key.replace("_", "-")

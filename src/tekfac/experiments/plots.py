@@ -1,0 +1,95 @@
+"""Pictures of runs. Every function returns a figure; nothing here touches files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+
+from tekfac.experiments.metrics import EpochMetrics, History
+
+DPI = 120
+
+
+def run_figure(history: History, title: str) -> Figure:
+    """Loss and accuracy of one run against epochs."""
+    figure = Figure(figsize=(9, 3.6), dpi=DPI, layout="constrained")
+    figure.suptitle(title)
+    loss, accuracy = figure.subplots(1, 2)
+    epochs = [m.epoch for m in history]
+    marker = "o" if len(history) <= 20 else ""
+    style = {"marker": marker, "markersize": 3.5}
+    loss.plot(epochs, [m.train_loss for m in history], label="training", **style)
+    loss.plot(epochs, [m.test_loss for m in history], label="test", **style)
+    loss.set(xlabel="epoch", ylabel="cross-entropy (nats)", yscale="log", title="Loss")
+    accuracy.plot(epochs, [100 * m.train_accuracy for m in history], label="training", **style)
+    accuracy.plot(epochs, [100 * m.test_accuracy for m in history], label="test", **style)
+    accuracy.set(xlabel="epoch", ylabel="accuracy (%)", title="Accuracy")
+    for axes in (loss, accuracy):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+        axes.legend()
+    return figure
+
+
+def comparison_figure(runs: Mapping[str, Sequence[History]], title: str, target: float) -> Figure:
+    """Test accuracy and training loss of several methods, against epochs and against seconds.
+
+    Args:
+        runs: for each method's label the histories of its seeds; methods without one are left out.
+        title: what all of them were trained on.
+        target: a test accuracy, from 0 to 1, marked by a dashed line.
+
+    The axis of accuracy leaves out what is more than six times as far from 100 % as the worst run
+    is in the end: seen whole, the first epochs would flatten all that is worth seeing.
+    """
+    runs = {label: histories for label, histories in runs.items() if histories}
+    figure = Figure(figsize=(10, 7), dpi=DPI, layout="constrained")
+    figure.suptitle(title)
+    (accuracy_epochs, accuracy_seconds), (loss_epochs, loss_seconds) = figure.subplots(
+        2, 2, sharey="row", sharex="col"
+    )
+    for label, histories in runs.items():
+        epochs = _over_seeds(histories, lambda m: m.epoch)[0]
+        seconds = _over_seeds(histories, lambda m: m.seconds)[0]
+        accuracy = _over_seeds(histories, lambda m: 100 * m.test_accuracy)
+        loss = _over_seeds(histories, lambda m: m.train_loss)
+        _band(accuracy_epochs, epochs, accuracy, label)
+        _band(accuracy_seconds, seconds, accuracy, label)
+        _band(loss_epochs, epochs, loss, label)
+        _band(loss_seconds, seconds, loss, label)
+    for axes in (accuracy_epochs, accuracy_seconds):
+        axes.axhline(100 * target, color="0.4", linewidth=1, linestyle="--")
+    accuracy_epochs.set_ylabel("test accuracy (%)")
+    final = [100 * h[-1].test_accuracy for histories in runs.values() for h in histories]
+    worst = min(final, default=0.0)
+    low, high = accuracy_epochs.get_ylim()
+    accuracy_epochs.set_ylim(max(low, 100 - 6 * (100 - worst) - 0.5), min(high, 100.2))
+    loss_epochs.set(ylabel="training loss (nats)", yscale="log", xlabel="epochs")
+    loss_epochs.xaxis.set_major_locator(MaxNLocator(integer=True))
+    loss_seconds.set_xlabel("training time (seconds)")
+    for axes in figure.axes:
+        axes.grid(alpha=0.3)
+    if runs:
+        accuracy_epochs.legend(loc="lower right")
+    return figure
+
+
+Summary = tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]
+
+
+def _over_seeds(histories: Sequence[History], value: Callable[[EpochMetrics], float]) -> Summary:
+    """Mean, least and greatest over seeds, epoch by epoch, as far as all seeds got."""
+    length = min(len(history) for history in histories)
+    table = np.array([[value(m) for m in history[:length]] for history in histories])
+    return table.mean(axis=0), table.min(axis=0), table.max(axis=0)
+
+
+def _band(axes: Axes, x: NDArray[np.float64], summary: Summary, label: str) -> None:
+    mean, low, high = summary
+    (line,) = axes.plot(x, mean, label=label, linewidth=1.6)
+    axes.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)

@@ -1,0 +1,408 @@
+"""The ``tekfac`` command as its user meets it: screens, files, exit codes, interruptions."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+from tekfac import cli
+from tekfac.experiments import commands, comparison, plots, runs, training
+from tekfac.experiments.metrics import EpochMetrics
+
+FAST = ["--data", "small.npz", "--network", "mlp", "--optimizer", "sgd"]
+FAST += ["--device", "cpu", "--threads", "1"]
+COMPARE = ["compare", "--data", "small.npz", "--network", "mlp"]
+COMPARE += ["--device", "cpu", "--threads", "1"]
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder with a small data set in it, as the current folder."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(90) % 3
+    images = rng.normal(size=(90, 6, 6)) + labels[:, None, None]
+    np.savez(
+        tmp_path / "small.npz",
+        x_train=images[:60],
+        y_train=labels[:60],
+        x_test=images[60:],
+        y_test=labels[60:],
+    )
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def tekfac(*arguments: str) -> Result:
+    return CliRunner().invoke(commands.app, list(arguments))
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_train_without_options_learns_the_digits() -> None:
+    result = tekfac("train", "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    folder = Path("runs/digits-cnn-tekfac-seed0")
+    assert f"run in {folder}" in result.output
+    metrics = rows(folder / runs.METRICS)
+    assert list(metrics[0]) == [
+        "epoch",
+        "train_loss",
+        "train_accuracy",
+        "test_loss",
+        "test_accuracy",
+        "lr",
+        "seconds",
+    ]
+    assert [int(row["epoch"]) for row in metrics] == list(range(1, commands.Config.epochs + 1))
+    assert float(metrics[-1]["test_accuracy"]) > 0.95
+    assert f"test accuracy {100 * float(metrics[-1]['test_accuracy']):.2f} %" in result.output
+    config = json.loads((folder / runs.CONFIG).read_text())
+    assert (config["optimizer"], config["data"], config["seed"]) == ("tekfac", "digits", 0)
+    assert (folder / runs.CURVES).read_bytes().startswith(b"\x89PNG")
+    torch.load(folder / runs.CHECKPOINT, weights_only=True)
+
+
+def test_options_reach_the_configuration() -> None:
+    options = "--optimizer ekfac --epochs 2 --batch-size 17 --lr 0.002 --momentum 0.5 --seed 3 "
+    options += "--weight-decay 0.01 --damping 0.2 --fisher empirical --factor-every 3 "
+    options += "--scale-every 4 --basis-every 5 --schedule step --step-every 1 --step-factor 0.5 "
+    options += "--warmup 0.5 --out here"
+    result = tekfac("train", *FAST, *options.split())
+    assert result.exit_code == 0, result.output
+    config = json.loads(Path("here", runs.CONFIG).read_text())
+    assert config == {
+        "data": str(Path("small.npz").resolve()),
+        "image_size": None,
+        "network": "mlp",
+        "optimizer": "ekfac",
+        "settings": {
+            "lr": 0.002,
+            "damping": 0.2,
+            "scale_every": 4,
+            "momentum": 0.5,
+            "weight_decay": 0.01,
+            "fisher": "empirical",
+            "factor_every": 3,
+            "basis_every": 5,
+        },
+        "epochs": 2,
+        "batch_size": 17,
+        "schedule": {"name": "step", "warmup": 0.5, "step_every": 1, "step_factor": 0.5},
+        "seed": 3,
+        "device": "cpu",
+        "threads": 1,
+    }
+
+
+def test_default_folder_taken_gets_a_numbered_sibling() -> None:
+    for _ in range(2):
+        assert tekfac("train", *FAST, "--epochs", "1").exit_code == 0
+    assert sorted(os.listdir("runs")) == ["small-mlp-sgd-seed0", "small-mlp-sgd-seed0-2"]
+
+
+def test_named_folder_taken_is_refused() -> None:
+    assert tekfac("train", *FAST, "--epochs", "1", "--out", "mine").exit_code == 0
+    before = Path("mine", runs.CHECKPOINT).read_bytes()
+    result = tekfac("train", *FAST, "--epochs", "1", "--out", "mine")
+    assert result.exit_code == 2
+    assert "mine already holds a run (config.json), which is never overwritten" in result.stderr
+    assert "--resume mine" in result.stderr
+    assert Path("mine", runs.CHECKPOINT).read_bytes() == before
+
+
+def test_finished_run_says_so() -> None:
+    tekfac("train", *FAST, "--epochs", "1", "--out", "mine")
+    result = tekfac("train", "--resume", "mine")
+    assert result.exit_code == 0
+    assert "mine is finished: 1 of 1 epochs, test accuracy" in result.output
+    assert "Nothing changed." in result.output
+
+
+def test_finished_run_is_extended() -> None:
+    tekfac("train", *FAST, "--epochs", "1", "--out", "mine")
+    result = tekfac("train", "--resume", "mine", "--epochs", "2")
+    assert result.exit_code == 0, result.output
+    assert "after 2 epochs; run in mine" in result.output
+    assert len(rows(Path("mine", runs.METRICS))) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--resume", "nothing"], "nothing holds no run: there is no config.json in it"),
+        (["--resume", "x", "--lr", "1"], "--lr cannot be changed when a run is resumed"),
+        (["--data", "no.npz"], "--data 'no.npz': no such file or folder, and no data set"),
+        (["--optimizer", "adagrad"], "--optimizer 'adagrad' is unknown; there is: sgd, adam, kfac"),
+        (["--network", "vgg"], "--network 'vgg' is unknown; there is: cnn, mlp"),
+        (["--optimizer", "kfac", "--nu", "1"], "--nu does nothing with --optimizer kfac"),
+        (["--optimizer", "tkfac", "--scale-every", "2"], "--scale-every does nothing with"),
+        (["--lr", "-1"], "-1"),
+        (["--damping", "0"], "tekfac: damping"),
+        (["--fisher", "true"], "'true'"),
+        (["--basis-every", "0"], "basis_every"),
+        (["--epochs", "0"], "--epochs must be 1 or more, got 0"),
+        (["--step-every", "3"], "--step-every and --step-factor do nothing with --schedule const"),
+        (["--image-size", "8"], "--image-size is for image folders only"),
+    ],
+)
+def test_bad_arguments(arguments: list[str], message: str, workplace: Path) -> None:
+    result = (
+        tekfac("train", "--device", "cpu", *arguments)
+        if "--resume" not in arguments
+        else (tekfac("train", *arguments))
+    )
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith("tekfac: ")
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert os.listdir(workplace) == ["small.npz"]
+
+
+def test_unwritable_place_is_one_line() -> None:
+    Path("file").touch()
+    result = tekfac("train", *FAST, "--out", "file/run")
+    assert result.exit_code == 1
+    assert result.stderr == "tekfac: Not a directory: file/run\n"
+
+
+def test_full_disk_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(file: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    result = tekfac("train", *FAST, "--out", "mine")
+    assert result.exit_code == 1
+    assert result.stderr == "tekfac: No space left on device: mine/config.json\n"
+
+
+def test_diverging_run(workplace: Path) -> None:
+    result = tekfac("train", *FAST, "--lr", "1e30", "--out", "mine")
+    assert result.exit_code == 1
+    assert " in epoch 1" in result.stderr
+    assert "Finished epochs kept in mine: 0" in result.stderr
+    assert (workplace / "mine" / runs.CHECKPOINT).exists()
+
+
+def test_interrupted_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    train_epoch = training.Training.run_epoch
+
+    def interrupted(self: training.Training, watcher: training.Watcher) -> EpochMetrics:
+        if len(self.history) == 1:
+            raise KeyboardInterrupt
+        return train_epoch(self, watcher)
+
+    monkeypatch.setattr(training.Training, "run_epoch", interrupted)
+    result = tekfac("train", *FAST, "--epochs", "3", "--out", "my run")
+    assert result.exit_code == 130
+    assert "interrupted; the checkpoint holds 1 of 3 epochs" in result.stderr
+    assert "tekfac train --resume 'my run'" in result.stderr
+    assert Path("my run", runs.CURVES).exists()
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", "from tekfac.cli import main; main()", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for(path: Path, lines: int) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if path.exists() and len(path.read_text().splitlines()) > lines:
+            return
+        time.sleep(0.02)
+    raise TimeoutError(path)
+
+
+def test_signals_to_a_real_process_lose_at_most_the_epoch_in_flight() -> None:
+    """Ctrl-C, then SIGKILL, then to the end: the metrics of a run left alone."""
+    epochs = ["--epochs", "100000"]
+    process = start("train", *FAST, *epochs, "--out", "cut")
+    wait_for(Path("cut", runs.METRICS), 2)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "tekfac train --resume cut" in errors
+    assert "Traceback" not in errors
+
+    done = len(rows(Path("cut", runs.METRICS)))
+    process = start("train", "--resume", "cut")
+    wait_for(Path("cut", runs.METRICS), done + 2)
+    process.kill()
+    process.communicate(timeout=60)
+
+    done = len(torch.load(Path("cut", runs.CHECKPOINT), weights_only=True)["history"])
+    result = tekfac("train", "--resume", "cut", "--epochs", str(done + 2))
+    assert result.exit_code == 0, result.output
+    assert tekfac("train", *FAST, "--epochs", str(done + 2), "--out", "whole").exit_code == 0
+    cut, whole = (rows(Path(name, runs.METRICS)) for name in ("cut", "whole"))
+    for row in (*cut, *whole):
+        del row["seconds"]
+    assert cut == whole
+
+
+def test_first_interrupt_waits_and_the_second_does_not() -> None:
+    interruption = commands.Interruption()
+    try:
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            interruption.check()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        interruption.close()
+
+
+def test_without_the_extra_the_command_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delitem(sys.modules, "tekfac.experiments.commands")
+    monkeypatch.setitem(sys.modules, "typer", None)
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 1
+    assert capsys.readouterr().err == (
+        "tekfac: the command needs typer, which is not installed: pip install 'tekfac[train]'\n"
+    )
+
+
+def test_compare_makes_picture_and_table_and_reuses_its_runs() -> None:
+    arguments = [*COMPARE, "--optimizers", "sgd,adam", "--seeds", "2", "--target", "0.5"]
+    arguments += ["--lr", "sgd=0.02", "--momentum", "0.8", "--out", "both"]
+    result = tekfac(*arguments, "--epochs", "2")
+    assert result.exit_code == 0, result.output
+    assert Path("both", comparison.PICTURE).read_bytes().startswith(b"\x89PNG")
+    table = rows(Path("both", comparison.TABLE_CSV))
+    assert [(row["optimizer"], row["lr"]) for row in table] == [
+        ("SGD", "0.02"),
+        ("Adam", f"{commands.METHODS['adam'].defaults['lr']:g}"),
+    ]
+    assert "epochs to 50 %" in table[0]
+    markdown = Path("both", comparison.TABLE_MARKDOWN).read_text().splitlines()
+    assert markdown[1] == "|" + " --- |" * 6
+    assert markdown[2].startswith("| SGD | 0.02 |")
+    config = json.loads(Path("both/sgd-seed1", runs.CONFIG).read_text())
+    assert (config["settings"]["momentum"], config["seed"]) == (0.8, 1)
+
+    checkpoints = {path: path.read_bytes() for path in Path("both").glob("*/checkpoint.pt")}
+    assert len(checkpoints) == 4
+    shutil.rmtree("both/adam-seed1")
+    assert tekfac(*arguments, "--epochs", "2").exit_code == 0
+    for path, content in checkpoints.items():
+        assert path.parent.name == "adam-seed1" or path.read_bytes() == content
+    assert tekfac(*arguments, "--epochs", "3").exit_code == 0
+    assert len(rows(Path("both/sgd-seed0", runs.METRICS))) == 3
+
+
+def test_compare_refuses_runs_of_another_configuration() -> None:
+    arguments = [*COMPARE, "--optimizers", "sgd", "--seeds", "1", "--epochs", "1", "--out", "a"]
+    assert tekfac(*arguments).exit_code == 0
+    result = tekfac(*arguments, "--batch-size", "7")
+    assert result.exit_code == 2
+    assert (
+        "a/sgd-seed0 holds a run of another configuration, batch_size 64 instead of 7"
+        in result.stderr
+    )
+
+
+def test_compare_reports_runs_that_diverge() -> None:
+    arguments = [*COMPARE, "--optimizers", "sgd,adam", "--seeds", "2", "--epochs", "1"]
+    result = tekfac(*arguments, "--lr", "sgd=1e30", "--out", "a")
+    assert result.exit_code == 0, result.output
+    table = rows(Path("a", comparison.TABLE_CSV))
+    assert table[0]["test accuracy (%)"] == "diverged"
+    assert "±" in table[1]["test accuracy (%)"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--optimizers", "sgd,magic"], "--optimizer 'magic' is unknown"),
+        (["--lr", "0.1"], "--lr '0.1' must be NAME=VALUE with a name of sgd, adam"),
+        (["--lr", "sgd=fast"], "--lr 'sgd=fast': 'fast' is not a number"),
+        (["--lr", "kfac=1", "--optimizers", "sgd"], "must be NAME=VALUE with a name of sgd"),
+        (["--nu", "1", "--optimizers", "sgd,kfac"], "--nu does nothing with sgd, kfac"),
+        (["--lr", "sgd=-1"], "sgd: "),
+    ],
+)
+def test_bad_comparisons(arguments: list[str], message: str, workplace: Path) -> None:
+    result = tekfac(*COMPARE, *arguments)
+    assert result.exit_code == 2, result.output
+    assert message in result.stderr
+    assert os.listdir(workplace) == ["small.npz"]
+
+
+def test_compare_leaves_a_users_files_alone() -> None:
+    Path("mine").mkdir()
+    Path("mine", comparison.TABLE_CSV).write_text("precious")
+    result = tekfac(*COMPARE, "--out", "mine")
+    assert result.exit_code == 2
+    assert "mine holds compare.csv but no runs of a comparison" in result.stderr
+
+
+def history(accuracies: list[float]) -> list[EpochMetrics]:
+    return [
+        EpochMetrics(i, 1.0 / i, a, 1.0 / i, a, 0.1, 2.0 * i)
+        for i, a in enumerate(accuracies, start=1)
+    ]
+
+
+def test_table_counts_the_seeds_that_reach_the_target() -> None:
+    some = comparison.Outcome("sgd", 0.1, [history([0.5, 0.9, 0.8]), history([0.1, 0.2, 0.6])], 1)
+    none = comparison.Outcome("adam", 0.01, [history([0.5])], 0)
+    _, (first, second) = comparison.table([some, none], target=0.85)
+    assert first == ["SGD", "0.1", "70.00 ± 14.14 (1 of 3 diverged)", "2.0 (1 of 3)", "6.0", "2.00"]
+    assert second == ["Adam", "0.01", "50.00", "not reached", "2.0", "2.00"]
+
+
+def test_comparison_figure_has_both_axes_and_every_method() -> None:
+    figure = plots.comparison_figure(
+        {"SGD": [history([0.5, 0.9]), history([0.6, 0.8])], "Adam": [], "TEKFAC": [history([0.9])]},
+        "digits",
+        target=0.97,
+    )
+    labels = [(axes.get_xlabel(), axes.get_ylabel()) for axes in figure.axes]
+    assert labels == [
+        ("", "test accuracy (%)"),
+        ("", ""),
+        ("epochs", "training loss (nats)"),
+        ("training time (seconds)", ""),
+    ]
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == [
+        "SGD",
+        "TEKFAC",
+    ]
+    np.testing.assert_allclose(figure.axes[0].lines[0].get_ydata(), [55, 85])
+    np.testing.assert_allclose(figure.axes[1].lines[0].get_xdata(), [2, 4])
+    assert figure.axes[0].get_ylim()[0] < 55
+
+
+def test_comparison_figure_is_drawn_when_all_runs_diverged_or_fail() -> None:
+    plots.comparison_figure({"SGD": []}, "digits", target=1.0)
+    figure = plots.comparison_figure({"SGD": [history([0.1, 0.2])]}, "digits", target=1.0)
+    low, high = figure.axes[0].get_ylim()
+    assert low < 10
+    assert high > 20
+
+
+def test_comparison_figure_shows_the_end_of_good_runs_large() -> None:
+    figure = plots.comparison_figure({"SGD": [history([0.1, 0.5, 0.98])]}, "digits", target=0.97)
+    assert 85 < figure.axes[0].get_ylim()[0] < 90

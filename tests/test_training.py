@@ -1,0 +1,484 @@
+"""Runs: repeatable, resumable to the bit, and safe on disk."""
+
+from __future__ import annotations
+
+import csv
+import math
+import re
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tekfac.experiments import networks, optimizers, runs
+from tekfac.experiments.config import Config
+from tekfac.experiments.data import Dataset, load
+from tekfac.experiments.errors import Diverged, InputError
+from tekfac.experiments.metrics import EpochMetrics, epochs_to
+from tekfac.experiments.runs import RunFolder, write_atomically
+from tekfac.experiments.schedules import Schedule
+from tekfac.experiments.training import BatchProgress, Watcher, evaluate, fit
+
+# Intervals that divide neither an epoch's 4 batches nor one another.
+INTERVALS = {"factor_every": 3, "basis_every": 5}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "sgd": {"weight_decay": 1e-3},
+    "adam": {"weight_decay": 1e-3},
+    "kfac": {"damping": 0.3, **INTERVALS},
+    "ekfac": {"damping": 0.3, "scale_every": 2, **INTERVALS},
+    "tkfac": {"lr": 1e-3, "nu": 10.0, **INTERVALS},
+    "tekfac": {"lr": 1e-3, "nu": 10.0, "scale_every": 2, **INTERVALS},
+}
+
+
+@pytest.fixture(scope="module")
+def data() -> Dataset:
+    digits = load("digits")
+    return replace(
+        digits,
+        x_train=digits.x_train[:150],
+        y_train=digits.y_train[:150],
+        x_test=digits.x_test[:100],
+        y_test=digits.y_test[:100],
+    )
+
+
+@pytest.fixture(autouse=True)
+def network_with_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
+    def small(image_shape: tuple[int, int, int], classes: int) -> nn.Module:
+        return nn.Sequential(
+            nn.Conv2d(1, 4, 3, stride=2),
+            nn.BatchNorm2d(4),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Dropout(0.2),
+            nn.Linear(36, classes),
+        )
+
+    monkeypatch.setitem(networks.NETWORKS, "small", small)
+
+
+def configure(**changes: Any) -> Config:
+    optimizer = changes.get("optimizer", "sgd")
+    settings = SETTINGS.get(optimizer, {})
+    defaults = {"network": "small", "epochs": 3, "batch_size": 40}
+    return Config(**{**defaults, "optimizer": optimizer, "settings": settings, **changes})
+
+
+class InterruptedAt(Watcher):
+    """Presses Ctrl-C after a batch."""
+
+    def __init__(self, epoch: int, batch: int) -> None:
+        self._at = (epoch, batch)
+
+    def on_batch(self, progress: BatchProgress) -> None:
+        if (progress.epoch, progress.batch) == self._at:
+            raise KeyboardInterrupt
+
+
+class Epochs(Watcher):
+    """Remembers which epochs were trained."""
+
+    def __init__(self) -> None:
+        self.trained: list[int] = []
+
+    def on_epoch(self, metrics: EpochMetrics) -> None:
+        self.trained.append(metrics.epoch)
+
+
+def run(path: Path, config: Config, data: Dataset, watcher: Watcher | None = None) -> None:
+    with RunFolder.create(path, config) as folder:
+        fit(folder, data, watcher or Watcher())
+
+
+def resume(path: Path, data: Dataset, watcher: Watcher | None = None, **options: Any) -> None:
+    # Whatever else has used the global generator must not matter.
+    torch.manual_seed(12345)
+    with RunFolder.open(path) as folder:
+        fit(folder, data, watcher or Watcher(), **options)
+
+
+def numbers(path: Path) -> list[dict[str, str]]:
+    """All of metrics.csv but the seconds."""
+    with open(path / runs.METRICS, newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        assert float(row.pop("seconds")) > 0
+    return rows
+
+
+def checkpoint(path: Path) -> dict[str, Any]:
+    state: dict[str, Any] = torch.load(path / runs.CHECKPOINT, weights_only=True)
+    return state
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    assert numbers(one) == numbers(other)
+    expected, actual = checkpoint(one), checkpoint(other)
+    for part in ("network", "optimizer", "scheduler", "order_rng", "torch_rng"):
+        assert_identical(expected[part], actual[part])
+
+
+def assert_identical(expected: Any, actual: Any) -> None:
+    if isinstance(expected, torch.Tensor):
+        assert torch.equal(expected, actual)
+    elif isinstance(expected, dict):
+        assert expected.keys() == actual.keys()
+        for key in expected:
+            assert_identical(expected[key], actual[key])
+    elif isinstance(expected, (list, tuple)):
+        assert len(expected) == len(actual)
+        for left, right in zip(expected, actual, strict=True):
+            assert_identical(left, right)
+    else:
+        assert expected == actual
+
+
+@pytest.mark.parametrize("optimizer", optimizers.METHODS)
+def test_run_interrupted_in_mid_epoch_continues_exactly(
+    tmp_path: Path, data: Dataset, optimizer: str
+) -> None:
+    config = configure(optimizer=optimizer)
+    run(tmp_path / "whole", config, data)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "parts", config, data, InterruptedAt(epoch=2, batch=3))
+    assert len(numbers(tmp_path / "parts")) == 1
+    watcher = Epochs()
+    resume(tmp_path / "parts", data, watcher)
+    assert watcher.trained == [2, 3]
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_run_interrupted_in_its_first_epoch_starts_again(tmp_path: Path, data: Dataset) -> None:
+    run(tmp_path / "whole", configure(), data)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "parts", configure(), data, InterruptedAt(epoch=1, batch=2))
+    assert not (tmp_path / "parts" / runs.CURVES).exists()
+    resume(tmp_path / "parts", data)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_run_killed_before_its_first_checkpoint_starts_again(tmp_path: Path, data: Dataset) -> None:
+    run(tmp_path / "whole", configure(), data)
+    RunFolder.create(tmp_path / "parts", configure()).close()
+    resume(tmp_path / "parts", data)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_crash_between_checkpoint_and_metrics_loses_nothing(
+    tmp_path: Path, data: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tmp_path / "whole", configure(), data)
+    save_metrics = RunFolder.save_metrics
+
+    def crash(folder: RunFolder, history: list[EpochMetrics]) -> None:
+        if len(history) == 3:
+            raise KeyboardInterrupt
+        save_metrics(folder, history)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "save_metrics", crash)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "parts", configure(), data)
+    assert len(numbers(tmp_path / "parts")) == 2
+    watcher = Epochs()
+    resume(tmp_path / "parts", data, watcher)
+    assert watcher.trained == []
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_seed_fixes_the_run_and_another_seed_changes_it(tmp_path: Path, data: Dataset) -> None:
+    for name, seed in (("one", 0), ("again", 0), ("other", 1)):
+        run(tmp_path / name, configure(optimizer="tekfac", seed=seed), data)
+    assert_same_run(tmp_path / "one", tmp_path / "again")
+    assert numbers(tmp_path / "one") != numbers(tmp_path / "other")
+
+
+def test_methods_start_from_the_same_weights_in_the_same_order(
+    tmp_path: Path, data: Dataset
+) -> None:
+    starts = []
+    for optimizer in ("adam", "tekfac"):
+        path = tmp_path / optimizer
+        with pytest.raises(KeyboardInterrupt):
+            run(path, configure(optimizer=optimizer), data, InterruptedAt(1, 1))
+        starts.append(checkpoint(path))
+    assert_identical(starts[0]["network"], starts[1]["network"])
+    assert_identical(starts[0]["order_rng"], starts[1]["order_rng"])
+
+
+def test_finished_run_is_left_as_it_is(tmp_path: Path, data: Dataset) -> None:
+    run(tmp_path, configure(), data)
+    before = {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in tmp_path.iterdir()}
+    assert {file.name for file in before} >= {
+        runs.CONFIG,
+        runs.METRICS,
+        runs.CURVES,
+        runs.CHECKPOINT,
+    }
+    watcher = Epochs()
+    resume(tmp_path, data, watcher)
+    assert watcher.trained == []
+    assert before == {
+        file: (file.stat().st_mtime_ns, file.read_bytes()) for file in tmp_path.iterdir()
+    }
+
+
+def test_run_is_extended_where_its_schedule_allows(tmp_path: Path, data: Dataset) -> None:
+    run(tmp_path / "long", configure(epochs=4), data)
+    run(tmp_path / "extended", configure(epochs=2), data)
+    resume(tmp_path / "extended", data, epochs=4)
+    assert_same_run(tmp_path / "long", tmp_path / "extended")
+    with pytest.raises(InputError, match="has done 4 epochs already, more than 3"):
+        resume(tmp_path / "extended", data, epochs=3)
+
+
+def test_cosine_run_cannot_be_extended(tmp_path: Path, data: Dataset) -> None:
+    run(tmp_path, configure(epochs=2, schedule=Schedule("cosine")), data)
+    with pytest.raises(InputError, match="a cosine schedule over 2 epochs, which cannot become 3"):
+        resume(tmp_path, data, epochs=3)
+    with RunFolder.open(tmp_path) as folder:
+        assert folder.config.epochs == 2
+
+
+def test_diverging_run_stops_and_keeps_its_checkpoint(tmp_path: Path, data: Dataset) -> None:
+    config = configure(settings={"lr": 1e30})
+    with pytest.raises(Diverged, match=r"the (training|test) loss became (nan|inf) in epoch 1"):
+        run(tmp_path, config, data)
+    state = checkpoint(tmp_path)
+    assert state["history"] == []
+    assert all(torch.isfinite(value).all() for value in state["network"].values())
+
+
+def test_changed_data_are_refused(tmp_path: Path, data: Dataset) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, configure(), data, InterruptedAt(2, 1))
+    with pytest.raises(InputError, match="the data digits are not those that the run in"):
+        resume(tmp_path, replace(data, y_test=data.y_test.flip(0)))
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint"])
+def test_damaged_checkpoint(tmp_path: Path, data: Dataset, content: bytes) -> None:
+    run(tmp_path, configure(epochs=1), data)
+    (tmp_path / runs.CHECKPOINT).write_bytes(content)
+    with pytest.raises(InputError, match=r"checkpoint\.pt cannot be read, it is damaged"):
+        resume(tmp_path, data)
+
+
+def test_truncated_checkpoint(tmp_path: Path, data: Dataset) -> None:
+    run(tmp_path, configure(epochs=1), data)
+    path = tmp_path / runs.CHECKPOINT
+    path.write_bytes(path.read_bytes()[:-500])
+    with pytest.raises(InputError, match=r"checkpoint\.pt cannot be read, it is damaged"):
+        resume(tmp_path, data)
+
+
+def test_checkpoint_of_something_else(tmp_path: Path, data: Dataset) -> None:
+    run(tmp_path, configure(epochs=1), data)
+    torch.save(nn.Linear(2, 2).state_dict(), tmp_path / runs.CHECKPOINT)
+    with pytest.raises(InputError, match=r"checkpoint\.pt is not a run's checkpoint"):
+        resume(tmp_path, data)
+
+
+def test_checkpoint_that_does_not_fit_the_configuration(tmp_path: Path, data: Dataset) -> None:
+    run(tmp_path, configure(epochs=1), data)
+    config = tmp_path / runs.CONFIG
+    config.write_text(
+        config.read_text().replace('"small"', '"mlp"').replace('"epochs": 1', '"epochs": 2')
+    )
+    with pytest.raises(InputError, match="does not fit its configuration"):
+        resume(tmp_path, data)
+
+
+def test_missing_checkpoint_is_not_taken_for_a_new_run(tmp_path: Path, data: Dataset) -> None:
+    run(tmp_path, configure(epochs=1), data)
+    (tmp_path / runs.CHECKPOINT).unlink()
+    with pytest.raises(InputError, match=r"has metrics\.csv but no checkpoint\.pt"):
+        resume(tmp_path, data)
+
+
+def test_run_folder_is_never_overwritten(tmp_path: Path, data: Dataset) -> None:
+    run(tmp_path, configure(epochs=1), data)
+    before = checkpoint(tmp_path)
+    message = re.escape(f"{tmp_path} already holds a run (config.json), which is never overwritten")
+    with pytest.raises(InputError, match=message):
+        RunFolder.create(tmp_path, configure(epochs=1, seed=1))
+    assert_identical(before, checkpoint(tmp_path))
+
+
+@pytest.mark.parametrize("name", [runs.METRICS, runs.CURVES, runs.CHECKPOINT])
+def test_folder_with_a_file_of_a_runs_name_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(InputError, match=re.escape(f"already holds a run ({name})")):
+        RunFolder.create(tmp_path, configure())
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+
+
+def test_numbered_siblings(tmp_path: Path) -> None:
+    made = []
+    for _ in range(3):
+        with RunFolder.create_numbered(tmp_path / "runs" / "a", configure()) as folder:
+            made.append(folder.path.name)
+    assert made == ["a", "a-2", "a-3"]
+
+
+def test_second_process_is_kept_out(tmp_path: Path) -> None:
+    with (
+        RunFolder.create(tmp_path, configure()),
+        pytest.raises(InputError, match="another process is at work in"),
+    ):
+        RunFolder.open(tmp_path)
+    RunFolder.open(tmp_path).close()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", r"config\.json is not valid JSON"),
+        ("[]", r"config\.json is not a run's configuration"),
+        ("{}", r"config\.json: not a run's configuration: 'schedule'"),
+        ('{"schedule": {}, "colour": 1}', r"config\.json: not a run's configuration: .*colour"),
+        ('{"schedule": {}, "network": "x"}', r"config\.json: --network 'x' is unknown"),
+    ],
+)
+def test_bad_configuration_file(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / runs.CONFIG).write_text(text)
+    with pytest.raises(InputError, match=message):
+        RunFolder.open(tmp_path)
+
+
+def test_folder_without_a_run(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"holds no run: there is no config\.json in it"):
+        RunFolder.open(tmp_path)
+
+
+def test_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+
+    def full_disk(file: Any) -> None:
+        file.write(b"half of the ne")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        write_atomically(path, full_disk)
+    assert caught.value.filename == str(path)
+    assert path.read_bytes() == b"old"
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+def test_configuration_survives_json() -> None:
+    config = configure(optimizer="tekfac", schedule=Schedule("step", 1.5, 7, 0.3))
+    assert Config.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"epochs": 0}, "--epochs must be 1 or more, got 0"),
+        ({"batch_size": -1}, "--batch-size must be 1 or more, got -1"),
+        ({"network": "net"}, "--network 'net' is unknown; there is: cnn, mlp"),
+        ({"optimizer": "adagrad"}, "--optimizer 'adagrad' is unknown; there is: sgd, adam"),
+        ({"device": "abacus"}, "--device 'abacus' is no device of torch"),
+        (
+            {"settings": {"scale_every": 3}},
+            "--scale-every does nothing with --optimizer sgd, whose settings are: --lr, --momentum",
+        ),
+        ({"settings": {"lr": math.nan}}, "--lr must be finite, got nan"),
+        (
+            {"optimizer": "tekfac", "settings": {"nu": 1.0, "damping": 1.0}},
+            "--damping takes the place of --nu: give one",
+        ),
+    ],
+)
+def test_bad_configuration(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        configure(**changes)
+
+
+def test_optimizers_own_objections_name_it(data: Dataset) -> None:
+    network = networks.build("mlp", data.image_shape, data.classes)
+    for name in optimizers.METHODS:
+        settings = optimizers.resolve(name, {"lr": -1.0})
+        with pytest.raises(InputError, match=f"^{name}: .*-1"):
+            optimizers.build(name, network, settings, torch.Generator())
+
+
+def test_constant_damping_takes_the_place_of_trace_damping() -> None:
+    settings = optimizers.resolve("tekfac", {"damping": 0.1})
+    assert settings["damping"] == 0.1
+    assert "nu" not in settings
+
+
+def test_schedules() -> None:
+    def factors(schedule: Schedule, epochs: int) -> list[float]:
+        return [schedule.factor(step, 2, epochs) for step in range(2 * epochs)]
+
+    assert factors(Schedule(), 2) == [1, 1, 1, 1]
+    assert factors(Schedule(warmup=1.5), 2) == pytest.approx([1 / 3, 2 / 3, 1, 1])
+    assert factors(Schedule("step", step_every=1, step_factor=0.5), 3) == [
+        1,
+        1,
+        0.5,
+        0.5,
+        0.25,
+        0.25,
+    ]
+    cosine = factors(Schedule("cosine"), 2)
+    assert cosine == pytest.approx([1, (1 + math.sqrt(0.5)) / 2, 0.5, (1 - math.sqrt(0.5)) / 2])
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"name": "linear"}, "--schedule 'linear' is unknown; there is: constant, cosine, step"),
+        ({"warmup": -1.0}, "--warmup must be 0 or more epochs, got -1.0"),
+        ({"step_every": 3}, "--step-every and --step-factor do nothing with --schedule constant"),
+        ({"name": "step", "step_every": 0}, "--step-every must be 1 epoch or more, got 0"),
+        ({"name": "step", "step_factor": 2.0}, "--step-factor must be above 0 and at most 1"),
+    ],
+)
+def test_bad_schedules(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        Schedule(**values)
+
+
+def test_schedule_reaches_the_optimizer_and_the_metrics(tmp_path: Path, data: Dataset) -> None:
+    schedule = Schedule("step", step_every=1, step_factor=0.5)
+    run(tmp_path, configure(settings={"lr": 0.08}, schedule=schedule), data)
+    assert [float(row["lr"]) for row in numbers(tmp_path)] == pytest.approx([0.08, 0.04, 0.02])
+
+
+def test_evaluation_is_in_evaluation_mode_over_all_images() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.BatchNorm1d(3), nn.Dropout(0.9), nn.Linear(3, 4))
+    images, labels = torch.randn(1234, 3), torch.randint(4, (1234,))
+    loss, accuracy = evaluate(network, images, labels)
+    logits = network[2](network[0](images))
+    assert loss == pytest.approx(nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
+    assert accuracy == (logits.argmax(1) == labels).double().mean().item()
+    assert network[0].num_batches_tracked == 0
+
+
+def test_network_too_large_for_the_images() -> None:
+    with pytest.raises(InputError, match="cnn needs images of 4×4 pixels or more, got 3×8"):
+        networks.build("cnn", (1, 3, 8), 2)
+
+
+def test_epochs_to_a_target() -> None:
+    row = EpochMetrics(1, 0.0, 0.0, 0.0, 0.5, 0.1, 1.0)
+    history = [row, replace(row, epoch=2, test_accuracy=0.97), replace(row, epoch=3)]
+    assert epochs_to(history, 0.97) == 2
+    assert epochs_to(history, 0.98) is None
+    assert list(asdict(row)) == [
+        "epoch",
+        "train_loss",
+        "train_accuracy",
+        "test_loss",
+        "test_accuracy",
+        "lr",
+        "seconds",
+    ]
