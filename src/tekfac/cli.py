@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import sys
 
-EXTRA = {"filelock", "matplotlib", "numpy", "PIL", "rich", "sklearn", "torchvision", "typer"}
+EXTRA = {
+    "filelock",
+    "matplotlib",
+    "numpy",
+    "PIL",
+    "rich",
+    "scipy",
+    "sklearn",
+    "torchvision",
+    "typer",
+}
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from tekfac.statistics import averaged, second_moment, square_norms
+from tekfac.statistics import averaged, second_moment, square_norms, symmetric
 
 
 class Factors(ABC):
@@ -90,6 +90,8 @@ class Factors(ABC):
     def _take(self) -> dict[str, Tensor] | None:
         """The sums of the batch, which are cleared; None if they are not finite."""
         sums, self._sums = self._sums, {}
+        for name in ("input", "output"):
+            sums[name] = symmetric(sums[name])
         finite = all(bool(torch.isfinite(value).all()) for value in sums.values())
         return sums if finite else None
 

@@ -148,6 +148,8 @@ class NaturalGradient(torch.optim.Optimizer):
         check_decay("factor_decay", factor_decay)
         if kl_clip is not None:
             check_positive("kl_clip", kl_clip)
+        if not isinstance(first_order, Adam):
+            raise TypeError(f"first_order must be a tekfac.Adam, got {first_order!r}")
 
         self.model = model
         self.factor_every, self.basis_every = factor_every, basis_every
@@ -456,9 +458,10 @@ class NaturalGradient(torch.optim.Optimizer):
                 f"({type(self.model).__name__}.__call__, the module given to {self._method}), in "
                 "training mode (model.train()), before loss.backward()"
             )
+        names = ", ".join(map(repr, missing[:3])) + (" and others" if len(missing) > 3 else "")
         self._warn(
             "missing",
-            f"no curvature of layers {', '.join(map(repr, missing))}: they have gradients, but "
+            f"no curvature of layers {names}: they have gradients, but "
             "their forward did not run as a module in training mode, the batch was empty, or the "
             "loss does not depend on the model's output; the first-order rule trains them",
         )

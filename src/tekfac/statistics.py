@@ -16,6 +16,9 @@ from torch import Tensor
 # Entries of the per-example gradients held at once (4 MiB in float32).
 GRADIENT_ENTRIES = 2**20
 
+# Narrower blocks of columns make slower products.
+TRIANGLE_COLUMNS = 96
+
 
 def square_norms(rows: Tensor) -> Tensor:
     """``Σ_t ‖x_nt‖²``: traces of ``Σ_t x xᵀ``. ``(G, N, T, d)`` to ``(G, N)``."""
@@ -23,14 +26,34 @@ def square_norms(rows: Tensor) -> Tensor:
 
 
 def second_moment(rows: Tensor, weights: Tensor | float, total: Tensor | None = None) -> Tensor:
-    """``Σ_n w_n Σ_t x_nt x_ntᵀ``. ``(G, N, T, d)`` and ``(G, N)`` to ``(G, d, d)``.
+    """The upper triangle of ``Σ_n w_n Σ_t x_nt x_ntᵀ``; `symmetric` makes it whole.
+
+    Computed in blocks of columns, none further down than the diagonal: near half the work of the
+    whole product for wide layers. What is below the diagonal is arbitrary.
 
     Args:
-        weights: one per example, or one for all.
+        rows: ``(G, N, T, d)``.
+        weights: one per example, ``(G, N)``, or one for all.
         total: what to add the sum to, in place.
+
+    Returns:
+        Shape ``(G, d, d)``.
     """
     weighted = rows * (weights[:, :, None, None] if isinstance(weights, Tensor) else weights)
-    return added(total, weighted.flatten(1, 2).mT, rows.flatten(1, 2))
+    left, right = weighted.flatten(1, 2).mT, rows.flatten(1, 2)
+    d = right.shape[2]
+    if total is None:
+        total = right.new_zeros(right.shape[0], d, d)
+    width = max(TRIANGLE_COLUMNS, -(-d // 8))
+    for first in range(0, d, width):
+        last = min(first + width, d)
+        total[:, :last, first:last].baddbmm_(left[:, :last], right[:, :, first:last])
+    return total
+
+
+def symmetric(upper: Tensor) -> Tensor:
+    """The symmetric matrices ``(..., d, d)`` with this upper triangle."""
+    return upper.triu() + upper.triu(1).mT
 
 
 def added(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
