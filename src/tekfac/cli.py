@@ -14,6 +14,7 @@ EXTRA = {
     "sklearn",
     "torchvision",
     "typer",
+    "yaml",
 }
 
 

@@ -100,6 +100,7 @@ class NaturalGradient(torch.optim.Optimizer):
     Raises:
         TypeError: if ``model`` is no module, or an argument is of the wrong type.
         ValueError: for an argument out of its range, or a model without any supported layer.
+        NotImplementedError: for a DistributedDataParallel model on more than one rank.
     """
 
     make_block: ClassVar[type[Block]]
@@ -140,6 +141,8 @@ class NaturalGradient(torch.optim.Optimizer):
                 f"{self._method} needs the model itself, not its parameters, to see what its "
                 f"layers see: {self._method}(model, lr=...); got {type(model).__name__}"
             )
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            self._check_ranks(model)
         if loss_reduction not in ("mean", "sum"):
             raise ValueError(f'loss_reduction must be "mean" or "sum", got {loss_reduction!r}')
         check_count("factor_every", factor_every)
@@ -191,6 +194,18 @@ class NaturalGradient(torch.optim.Optimizer):
                 f"no layer that {self._method} supports ({_supported()}) has a parameter to train: "
                 "all are frozen, left out or not in the parameter groups"
             )
+
+    def _check_ranks(self, model: nn.Module) -> None:
+        """Don't let the parameters of a model that is trained on several ranks drift apart."""
+        ranks = torch.distributed.get_world_size()
+        words = (
+            f"{self._method} does not average curvature over ranks yet: the parameters of a model "
+            f"trained by {ranks} ranks together would drift apart"
+        )
+        if ranks > 1 and isinstance(model, nn.parallel.DistributedDataParallel):
+            raise NotImplementedError(words)
+        if ranks > 1:
+            warnings.warn(words, RuntimeWarning, stacklevel=4)
 
     @property
     def _method(self) -> str:
