@@ -18,16 +18,15 @@ class Adam:
     """The first-order rule, for every parameter that no curvature block covers.
 
     Args:
-        lr: step size, in the parameters' units; its own parameter group holds it, so that
-            schedulers
-            scale it along with the curvature groups'.
+        lr: step size, in the parameters' units; a parameter group of its own holds it, so that
+            schedulers scale it along with the curvature groups'.
         betas: decays of the running averages of the gradient and of its square.
         eps: added to the root of the second, for stability.
         weight_decay: decoupled, a fraction of the parameter per unit of ``lr``.
 
     Raises:
-        ValueError: for a negative or nan ``lr``, ``eps`` or ``weight_decay``, or betas outside [0,
-            1).
+        ValueError: for a negative or nan ``lr``, ``eps`` or ``weight_decay``, or betas that are
+            not in [0, 1).
     """
 
     lr: float = 1e-3

@@ -140,10 +140,11 @@ class Bernoulli(Likelihood):
 class Gaussian(Likelihood):
     """Outputs as means of normal distributions: ``-log p = ‖y - output‖²/(2 variance)``.
 
+    Every entry counts: a zero gradient is no sign that the loss ignores it.
+
     Args:
         variance: of each entry, in squared units of the output. The default 1 fits half the squared
-            error,
-            summed over an example's entries.
+            error, summed over an example's entries.
 
     Raises:
         ValueError: if ``variance`` is not positive and finite.

@@ -2,8 +2,8 @@
 
 Every kind turns what a layer saw into inputs ``a`` ``(G, N, T, d_in)`` and output gradients ``g``
 ``(G, N, T, d_out)``, and its parameters' gradients into a matrix ``(G, d_out, d_in)`` and back.
-``G`` is 1 but for
-grouped convolutions: their groups share nothing, so each is a layer of its own with its own block.
+``G`` is 1 but for grouped convolutions: their groups share nothing, so each is a layer of its own
+with its own block.
 
 A new kind is a subclass of `Layer` decorated with ``@register(ItsModule)``.
 """

@@ -69,7 +69,9 @@ class NaturalGradient(torch.optim.Optimizer):
         momentum: μ, in [0, 1). 0 keeps no buffer.
         nesterov: step along ``(F̂ + λ I)⁻¹ ∇h + momentum · v`` instead of ``v``.
         weight_decay: decoupled, not negative.
-        damping: λ, a positive float; TKFAC and TEKFAC take a `TraceDamping` too.
+        damping: λ, a positive float; TKFAC and TEKFAC take a `TraceDamping` too. The default was
+            chosen with the default ``lr`` on three tasks (benchmarks/README.md): ``lr / damping``
+            is the step in directions without curvature.
         fisher: labels for the statistics. "mc": drawn from the model's predictive distribution
             (paper, 2.1). "exact": the expectation over all labels, one extra backward pass per
             class. "empirical": the data's own labels and the user's own loss, which is another
@@ -84,9 +86,9 @@ class NaturalGradient(torch.optim.Optimizer):
             steps is the mean over the examples of all their batches. "sum": it is their sum.
         output: finds the tensor of logits (or means) in what the model returns. If None, that is
             the model's output itself if it is a tensor, or else its field ``.logits``.
-        kl_clip: if given, all layers' steps are scaled by ``min(1, sqrt(kl_clip / Σ lr² ⟨(F̂ + λ
-            I)⁻¹ ∇h, ∇h⟩))``:
-            a bound on how far one step changes the predictive distribution.
+        kl_clip: if given, a bound on how far one step changes the predictive distribution: all
+            layers' natural gradients ``u = (F̂ + λ I)⁻¹ ∇h`` are scaled by
+            ``min(1, sqrt(kl_clip / Σ lr² ⟨u, ∇h⟩))``.
         factor_every: steps between statistics for the factors, ``T_FIM`` of the paper.
         basis_every: steps between refreshes of the eigenbasis, ``T_EIG``.
         factor_decay: ε2 of (3.6) and (3.7), in [0, 1): the weight of the past.
