@@ -18,7 +18,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 from tekfac import cli
-from tekfac.experiments import commands, comparison, plots, runs, training
+from tekfac.experiments import commands, comparison, plots, presets, runs, training
 from tekfac.experiments.metrics import EpochMetrics
 
 FAST = ["--data", "small.npz", "--network", "mlp", "--optimizer", "sgd"]
@@ -81,14 +81,19 @@ def test_options_reach_the_configuration() -> None:
     options = "--optimizer ekfac --epochs 2 --batch-size 17 --lr 0.002 --momentum 0.5 --seed 3 "
     options += "--weight-decay 0.01 --damping 0.2 --fisher empirical --factor-every 3 "
     options += "--scale-every 4 --basis-every 5 --schedule step --step-every 1 --step-factor 0.5 "
-    options += "--warmup 0.5 --out here"
+    options += "--warmup 0.5 --width 8 --augment --precision bf16 --limit-train 40 "
+    options += "--first-order-lr 0.3 --out here"
     result = tekfac("train", *FAST, *options.split())
     assert result.exit_code == 0, result.output
     config = json.loads(Path("here", runs.CONFIG).read_text())
     assert config == {
         "data": str(Path("small.npz").resolve()),
         "image_size": None,
+        "data_dir": None,
+        "limit_train": 40,
+        "augment": True,
         "network": "mlp",
+        "width": 8,
         "optimizer": "ekfac",
         "settings": {
             "lr": 0.002,
@@ -99,14 +104,131 @@ def test_options_reach_the_configuration() -> None:
             "fisher": "empirical",
             "factor_every": 3,
             "basis_every": 5,
+            "first_order_lr": 0.3,
         },
         "epochs": 2,
         "batch_size": 17,
         "schedule": {"name": "step", "warmup": 0.5, "step_every": 1, "step_factor": 0.5},
         "seed": 3,
         "device": "cpu",
+        "precision": "bf16",
         "threads": 1,
     }
+
+
+def test_preset_is_the_papers_protocol_and_options_override_it() -> None:
+    small = ["--data", "small.npz", "--network", "mlp", "--device", "cpu", "--epochs", "1"]
+    assert tekfac("train", "--preset", "paper-svhn", *small, "--out", "a").exit_code == 0
+    config = json.loads(Path("a", runs.CONFIG).read_text())
+    assert config["batch_size"] == 128
+    assert config["schedule"]["name"] == "step"
+    assert (config["schedule"]["step_every"], config["schedule"]["step_factor"]) == (20, 0.1)
+    assert (config["settings"]["momentum"], config["settings"]["weight_decay"]) == (0.9, 0)
+
+    options = "--momentum 0.5 --batch-size 30 --step-every 3 --first-order-lr 0.02 --out b"
+    assert tekfac("train", "--preset", "paper-svhn", *small, *options.split()).exit_code == 0
+    config = json.loads(Path("b", runs.CONFIG).read_text())
+    assert config["batch_size"] == 30
+    assert (config["schedule"]["step_every"], config["schedule"]["step_factor"]) == (3, 0.1)
+    assert config["settings"]["momentum"] == 0.5
+    assert config["settings"]["first_order_lr"] == 0.02
+
+    options = "--optimizer adam --schedule cosine --out c"
+    assert tekfac("train", "--preset", "paper-svhn", *small, *options.split()).exit_code == 0
+    config = json.loads(Path("c", runs.CONFIG).read_text())
+    assert config["schedule"] == {
+        "name": "cosine",
+        "warmup": 0.0,
+        "step_every": None,
+        "step_factor": None,
+    }
+    assert "momentum" not in config["settings"]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "every", "epochs", "augment"),
+    [
+        ("paper-svhn", "svhn", 20, 60, False),
+        ("paper-cifar10", "cifar10", 40, 120, True),
+        ("paper-cifar100", "cifar100", 40, 120, True),
+    ],
+)
+def test_presets_are_complete(name: str, data: str, every: int, epochs: int, augment: bool) -> None:
+    preset = presets.PRESETS[name]
+    config = commands.Config(**preset.task, schedule=preset.schedule, settings=preset.settings)
+    assert (config.data, config.epochs, config.augment) == (data, epochs, augment)
+    assert (config.schedule.name, config.schedule.step_every) == ("step", every)
+    assert (config.network, config.width, config.batch_size) == ("resnet20", 64, 128)
+
+
+def test_options_come_from_a_file_and_the_command_line_overrides_them() -> None:
+    Path("options.yaml").write_text(
+        "preset: paper-cifar10   # below the options of this file\n"
+        "data: small.npz\nnetwork: mlp\noptimizer: kfac\nepochs: 1\nbatch-size: 20\n"
+        "lr: 1e-3\nfactor_every: 3\naugment: true\ndevice: cpu\nout: a\nseed:\n"
+    )
+    options = ["--lr", "0.004", "--no-augment"]
+    result = tekfac("train", "--config", "options.yaml", *options)
+    assert result.exit_code == 0, result.output
+    config = json.loads(Path("a", runs.CONFIG).read_text())
+    assert (config["optimizer"], config["batch_size"], config["seed"]) == ("kfac", 20, 0)
+    assert (config["settings"]["lr"], config["settings"]["factor_every"]) == (0.004, 3)
+    assert config["schedule"]["step_every"] == 40
+    assert config["augment"] is False
+    result = tekfac("train", "--config", "options.yaml", "--out", "b")
+    assert result.exit_code == 0, result.output
+    config = json.loads(Path("b", runs.CONFIG).read_text())
+    assert (config["settings"]["lr"], config["augment"]) == (0.001, True)
+
+
+@pytest.mark.parametrize("rates", ["{sgd: 0.02, adam: 1e-3}", "[sgd=0.02, adam=0.001]"])
+def test_comparison_takes_options_from_a_file(rates: str) -> None:
+    Path("options.yaml").write_text(
+        "data: small.npz\nnetwork: mlp\noptimizers: [sgd, adam]\nseeds: 1\nepochs: 1\n"
+        f"lr: {rates}\ndevice: cpu\nout: both\n"
+    )
+    result = tekfac("compare", "--config", "options.yaml")
+    assert result.exit_code == 0, result.output
+    table = rows(Path("both", comparison.TABLE_CSV))
+    assert [(row["optimizer"], row["lr"]) for row in table] == [("SGD", "0.02"), ("Adam", "0.001")]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("epochs: [", "bad.yaml is not valid YAML: "),
+        ("\xe9", "bad.yaml is not valid YAML: "),
+        ("- epochs", "bad.yaml must hold lines of the form `option: value`"),
+        ("colour: red", "bad.yaml: there is no option --colour"),
+        ("config: other.yaml", "bad.yaml: there is no option --config"),
+        ("lr: {sgd: 1}", "bad.yaml: lr must have a plain value, not names with values"),
+        ("preset: paper", "--preset 'paper' is unknown; there is: paper-svhn, paper-cifar10"),
+        ("optimizer: sgd\nnu: 1", "--nu does nothing with --optimizer sgd"),
+    ],
+)
+def test_bad_option_files(text: str, message: str, workplace: Path) -> None:
+    Path("bad.yaml").write_text(text, encoding="latin-1")
+    result = tekfac("train", "--config", "bad.yaml")
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith("tekfac: ")
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert sorted(os.listdir(workplace)) == ["bad.yaml", "small.npz"]
+
+
+@pytest.mark.parametrize("value", ["12.5", "many", "[1, 2]"])
+def test_option_file_with_a_value_of_the_wrong_kind(value: str, workplace: Path) -> None:
+    Path("bad.yaml").write_text(f"epochs: {value}")
+    result = tekfac("train", "--config", "bad.yaml")
+    assert result.exit_code == 2
+    assert "'--epochs'" in result.stderr
+    assert sorted(os.listdir(workplace)) == ["bad.yaml", "small.npz"]
+
+
+def test_missing_option_file_is_one_line() -> None:
+    result = tekfac("train", "--config", "none.yaml")
+    assert result.exit_code == 1
+    assert result.stderr == "tekfac: No such file or directory: none.yaml\n"
 
 
 def test_default_folder_taken_gets_a_numbered_sibling() -> None:
@@ -152,6 +274,12 @@ def test_finished_run_is_extended() -> None:
         (["--optimizer", "kfac", "--nu", "1"], "--nu does nothing with --optimizer kfac"),
         (["--optimizer", "tkfac", "--scale-every", "2"], "--scale-every does nothing with"),
         (["--lr", "-1"], "-1"),
+        (["--first-order-lr", "-1"], "-1"),
+        (["--optimizer", "sgd", "--first-order-lr", "1"], "--first-order-lr does nothing with"),
+        (["--width", "0"], "--width must be 1 or more, got 0"),
+        (["--limit-train", "9999"], "--limit-train 9999 is more than the 1297 training images"),
+        (["--data-dir", "x"], "--data-dir is for cifar10, cifar100, svhn, mnist, fashion-mnist"),
+        (["--preset", "mine"], "--preset 'mine' is unknown; there is: paper-svhn, paper-cifar10"),
         (["--damping", "0"], "tekfac: damping"),
         (["--fisher", "true"], "'true'"),
         (["--basis-every", "0"], "basis_every"),

@@ -46,8 +46,9 @@ def test_digits_are_split_the_same_way_each_time() -> None:
     assert digits.classes == 10
     assert digits.x_train.dtype == torch.float32
     assert digits.y_train.dtype == torch.int64
-    torch.testing.assert_close(digits.x_train.mean(), torch.tensor(0.0), atol=1e-5, rtol=0)
-    torch.testing.assert_close(digits.x_train.std(), torch.tensor(1.0), atol=1e-3, rtol=0)
+    images = digits.standardised(digits.x_train)
+    torch.testing.assert_close(images.mean(), torch.tensor(0.0), atol=1e-5, rtol=0)
+    torch.testing.assert_close(images.std(), torch.tensor(1.0), atol=1e-3, rtol=0)
     assert digits.digest() == data.load("digits").digest()
 
 
@@ -68,12 +69,36 @@ def test_npz_channels_come_first_and_are_standardised_by_the_training_images(
     assert loaded.image_shape == (3, 6, 5)
     mean, deviation = x_train.mean(axis=(0, 1, 2)), x_train.std(axis=(0, 1, 2))
     expected = np.moveaxis((x_test - mean) / deviation, -1, 1)
-    np.testing.assert_allclose(loaded.x_test.numpy(), expected, rtol=1e-4, atol=1e-5)
+    found = loaded.standardised(loaded.x_test).numpy()
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_constant_pixels_do_not_divide_by_zero(tmp_path: Path) -> None:
-    loaded = data.load(str(save_npz(tmp_path / "a.npz", x_train=np.zeros((12, 6, 5)))))
-    assert torch.isfinite(loaded.x_test).all()
+def test_bytes_stay_bytes_until_they_are_standardised(tmp_path: Path) -> None:
+    arrays = good_arrays()
+    loaded = data.load(str(save_npz(tmp_path / "mine.npz", **arrays)))
+    assert loaded.x_train.dtype == loaded.x_test.dtype == torch.uint8
+    np.testing.assert_array_equal(loaded.x_test[:, 0].numpy(), arrays["x_test"])
+    images = loaded.standardised(loaded.x_test)
+    assert images.dtype == torch.float32
+    expected = (arrays["x_test"] - arrays["x_train"].mean()) / arrays["x_train"].std()
+    np.testing.assert_allclose(images[:, 0].numpy(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_mean_and_deviation_are_those_of_many_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data, "CHUNK", 5)
+    x_train = RNG.integers(0, 256, (12, 6, 5, 3), dtype=np.uint8)
+    loaded = data.load(str(save_npz(tmp_path / "a.npz", x_train=x_train, x_test=x_train[:6])))
+    np.testing.assert_allclose(loaded.mean[:, 0, 0], x_train.mean(axis=(0, 1, 2)), rtol=1e-6)
+    np.testing.assert_allclose(loaded.deviation[:, 0, 0], x_train.std(axis=(0, 1, 2)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1])
+def test_constant_pixels_do_not_divide_by_zero(tmp_path: Path, value: float) -> None:
+    loaded = data.load(str(save_npz(tmp_path / "a.npz", x_train=np.full((12, 6, 5), value))))
+    assert loaded.deviation.item() == 1.0
+    assert torch.isfinite(loaded.standardised(loaded.x_test)).all()
 
 
 def test_digest_tells_changed_data_apart(tmp_path: Path) -> None:

@@ -48,17 +48,17 @@ def data() -> Dataset:
 
 @pytest.fixture(autouse=True)
 def network_with_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
-    def small(image_shape: tuple[int, int, int], classes: int) -> nn.Module:
+    def small(image_shape: tuple[int, int, int], classes: int, width: int) -> nn.Module:
         return nn.Sequential(
-            nn.Conv2d(1, 4, 3, stride=2),
-            nn.BatchNorm2d(4),
+            nn.Conv2d(1, width, 3, stride=2),
+            nn.BatchNorm2d(width),
             nn.ReLU(),
             nn.Flatten(),
             nn.Dropout(0.2),
-            nn.Linear(36, classes),
+            nn.Linear(9 * width, classes),
         )
 
-    monkeypatch.setitem(networks.NETWORKS, "small", small)
+    monkeypatch.setitem(networks.NETWORKS, "small", networks.Network(small, width=4))
 
 
 def configure(**changes: Any) -> Config:
@@ -118,7 +118,14 @@ def checkpoint(path: Path) -> dict[str, Any]:
 def assert_same_run(one: Path, other: Path) -> None:
     assert numbers(one) == numbers(other)
     expected, actual = checkpoint(one), checkpoint(other)
-    for part in ("network", "optimizer", "scheduler", "order_rng", "torch_rng"):
+    for part in (
+        "network",
+        "optimizer",
+        "scheduler",
+        "order_rng",
+        "augmentation_rng",
+        "torch_rng",
+    ):
         assert_identical(expected[part], actual[part])
 
 
@@ -150,6 +157,46 @@ def test_run_interrupted_in_mid_epoch_continues_exactly(
     resume(tmp_path / "parts", data, watcher)
     assert watcher.trained == [2, 3]
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_augmented_run_continues_exactly_and_is_another_run(tmp_path: Path, data: Dataset) -> None:
+    config = configure(optimizer="tekfac", augment=True)
+    run(tmp_path / "whole", config, data)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "parts", config, data, InterruptedAt(epoch=2, batch=3))
+    resume(tmp_path / "parts", data)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    run(tmp_path / "plain", configure(optimizer="tekfac"), data)
+    assert numbers(tmp_path / "plain") != numbers(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "tekfac"])
+def test_run_in_bfloat16_is_near_the_run_in_float32_and_continues_exactly(
+    tmp_path: Path, data: Dataset, optimizer: str
+) -> None:
+    config = configure(optimizer=optimizer, precision="bf16")
+    run(tmp_path / "whole", config, data)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "parts", config, data, InterruptedAt(epoch=2, batch=3))
+    resume(tmp_path / "parts", data)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    run(tmp_path / "fine", configure(optimizer=optimizer), data)
+    coarse, fine = numbers(tmp_path / "whole")[0], numbers(tmp_path / "fine")[0]
+    assert coarse != fine
+    assert float(coarse["train_loss"]) == pytest.approx(float(fine["train_loss"]), rel=0.05)
+    parameters = checkpoint(tmp_path / "whole")["network"].values()
+    assert {p.dtype for p in parameters if p.is_floating_point()} == {torch.float32}
+
+
+def test_outputs_in_bfloat16_are_counted_exactly() -> None:
+    images, labels = torch.zeros(999, 1, 1, 2), torch.ones(999, dtype=torch.int64)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(2, 2))
+    nn.init.zeros_(network[1].weight)
+    network[1].bias.data = torch.tensor([0.0, 1.0])
+    zero, one = torch.zeros(1, 1, 1), torch.ones(1, 1, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, accuracy = evaluate(network, Dataset("x", images, labels, images, labels, 2, zero, one))
+    assert accuracy == 1.0
 
 
 def test_run_interrupted_in_its_first_epoch_starts_again(tmp_path: Path, data: Dataset) -> None:
@@ -370,6 +417,29 @@ def test_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
 
 
+def test_what_is_not_given_is_recorded_as_what_it_becomes(tmp_path: Path) -> None:
+    config = Config(data="cifar100", network="resnet20")
+    assert (config.augment, config.width) == (True, 64)
+    assert config.data_dir == str(Path("data").resolve())
+    assert Config(data="cifar100", augment=False).augment is False
+    config = Config(data="svhn", network="vgg16", data_dir=str(tmp_path))
+    assert (config.augment, config.width, config.data_dir) == (False, 64, str(tmp_path))
+    config = Config()
+    assert (config.augment, config.width, config.data_dir) == (False, 16, None)
+
+
+def test_limited_run_has_the_first_training_images() -> None:
+    whole, limited = Config().load_data(), Config(limit_train=100).load_data()
+    assert torch.equal(limited.x_train, whole.x_train[:100])
+    assert torch.equal(limited.y_train, whole.y_train[:100])
+    for part in ("x_test", "y_test", "mean", "deviation"):
+        assert torch.equal(getattr(limited, part), getattr(whole, part))
+    with pytest.raises(
+        InputError, match="--limit-train 1298 is more than the 1297 training images of digits"
+    ):
+        Config(limit_train=1298).load_data()
+
+
 def test_configuration_survives_json() -> None:
     config = configure(optimizer="tekfac", schedule=Schedule("step", 1.5, 7, 0.3))
     assert Config.from_dict(config.to_dict()) == config
@@ -381,7 +451,11 @@ def test_configuration_survives_json() -> None:
         ({"epochs": 0}, "--epochs must be 1 or more, got 0"),
         ({"batch_size": -1}, "--batch-size must be 1 or more, got -1"),
         ({"network": "net"}, "--network 'net' is unknown; there is: cnn, mlp"),
+        ({"width": 0}, "--width must be 1 or more, got 0"),
+        ({"limit_train": 0}, "--limit-train must be 1 or more, got 0"),
+        ({"data_dir": "here"}, "--data-dir is for cifar10, cifar100, svhn, mnist, fashion-mnist; "),
         ({"optimizer": "adagrad"}, "--optimizer 'adagrad' is unknown; there is: sgd, adam"),
+        ({"precision": "fp8"}, "--precision 'fp8' is unknown; there is: fp32, bf16"),
         ({"device": "abacus"}, "--device 'abacus' is no device of torch"),
         (
             {"settings": {"scale_every": 3}},
@@ -452,20 +526,17 @@ def test_schedule_reaches_the_optimizer_and_the_metrics(tmp_path: Path, data: Da
     assert [float(row["lr"]) for row in numbers(tmp_path)] == pytest.approx([0.08, 0.04, 0.02])
 
 
-def test_evaluation_is_in_evaluation_mode_over_all_images() -> None:
+def test_evaluation_is_in_evaluation_mode_over_all_test_images_standardised() -> None:
     torch.manual_seed(0)
-    network = nn.Sequential(nn.BatchNorm1d(3), nn.Dropout(0.9), nn.Linear(3, 4))
-    images, labels = torch.randn(1234, 3), torch.randint(4, (1234,))
-    loss, accuracy = evaluate(network, images, labels)
-    logits = network[2](network[0](images))
+    network = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(3), nn.Dropout(0.9), nn.Linear(3, 4))
+    images, labels = torch.randint(256, (1234, 1, 1, 3)).byte(), torch.randint(4, (1234,))
+    mean, deviation = torch.full((1, 1, 1), 127.0), torch.full((1, 1, 1), 60.0)
+    data = Dataset("x", images[:2], labels[:2], images, labels, 4, mean, deviation)
+    loss, accuracy = evaluate(network, data)
+    logits = network[3](network[1](((images.float() - 127) / 60).flatten(1)))
     assert loss == pytest.approx(nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
     assert accuracy == (logits.argmax(1) == labels).double().mean().item()
-    assert network[0].num_batches_tracked == 0
-
-
-def test_network_too_large_for_the_images() -> None:
-    with pytest.raises(InputError, match="cnn needs images of 4×4 pixels or more, got 3×8"):
-        networks.build("cnn", (1, 3, 8), 2)
+    assert network[1].num_batches_tracked == 0
 
 
 def test_epochs_to_a_target() -> None:
@@ -482,3 +553,11 @@ def test_epochs_to_a_target() -> None:
         "lr",
         "seconds",
     ]
+
+
+def test_first_order_lr_is_that_of_parameters_without_curvature(data: Dataset) -> None:
+    network = networks.build("small", data.image_shape, data.classes)
+    settings = optimizers.resolve("tekfac", {"lr": 0.5, "first_order_lr": 0.02})
+    optimizer = optimizers.build("tekfac", network, settings, torch.Generator())
+    rates = {group["first_order"]: group["lr"] for group in optimizer.param_groups}
+    assert rates == {False: 0.5, True: 0.02}

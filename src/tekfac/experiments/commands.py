@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -18,13 +19,15 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Column, Table
 
-from tekfac.experiments import comparison
-from tekfac.experiments.config import Config, default_device, default_threads
-from tekfac.experiments.data import EMBEDDED, Dataset, load
+from tekfac.experiments import comparison, options, presets
+from tekfac.experiments.config import PRECISIONS, Config, default_device, default_threads
+from tekfac.experiments.data import DATA_DIR, NAMED, Dataset
+from tekfac.experiments.downloads import DOWNLOADS
 from tekfac.experiments.errors import Diverged, InputError
 from tekfac.experiments.metrics import EpochMetrics, History
 from tekfac.experiments.networks import NETWORKS
 from tekfac.experiments.optimizers import METHODS, has_setting
+from tekfac.experiments.presets import PRESETS
 from tekfac.experiments.runs import RunFolder
 from tekfac.experiments.schedules import SCHEDULES, Schedule
 from tekfac.experiments.training import BatchProgress, Watcher, check, fit
@@ -45,10 +48,45 @@ console = Console(highlight=False, markup=False)
 
 TASK, METHOD = "Task", "Optimizer (where the method has the setting)"
 
+
+def _take_options_from(context: typer.Context, path: Path | None) -> None:
+    """Let a file's options be defaults of this command, below what is on the command line.
+
+    Nothing remains of the option itself: what it stands for is among the other options now.
+    """
+    if path is None:
+        return
+    parameters = {each.name: each for each in context.command.params if each.name != "config_file"}
+    repeatable = {name for name, each in parameters.items() if getattr(each, "multiple", False)}
+    with _plain_errors():
+        context.default_map = options.read(path, parameters.keys(), repeatable)
+
+
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        metavar="FILE.yaml",
+        callback=_take_options_from,
+        is_eager=True,
+        help="Take options from a file with a line `option: value` for each; those on the command "
+        "line take precedence.",
+    ),
+]
+PresetName = Annotated[
+    str | None,
+    typer.Option(
+        help=f"{', '.join(PRESETS)}: the paper's protocol. Batches of 128, momentum 0.9, no weight "
+        "decay, lr × 0.1 every 20 (SVHN) or 40 epochs, 60 or 120 epochs in all (our choice: the "
+        "paper does not say), resnet20 (or give --network vgg16). Learning rate and damping, which "
+        "the paper searches, are not part of it. All other options take precedence.",
+        rich_help_panel=TASK,
+    ),
+]
 Data = Annotated[
     str | None,
     typer.Option(
-        help=f"{', '.join(EMBEDDED)}, an .npz file (x_train, y_train, x_test, y_test), or a folder "
+        help=f"{', '.join(NAMED)}, an .npz file (x_train, y_train, x_test, y_test), or a folder "
         f"of pictures. (default: {Config.data})",
         rich_help_panel=TASK,
     ),
@@ -60,9 +98,39 @@ ImageSize = Annotated[
         rich_help_panel=TASK,
     ),
 ]
+DataDir = Annotated[
+    str | None,
+    typer.Option(
+        help=f"Folder of {', '.join(DOWNLOADS)}, which are downloaded into it if they are not "
+        f"there. (default: {DATA_DIR})",
+        rich_help_panel=TASK,
+    ),
+]
+LimitTrain = Annotated[
+    int | None,
+    typer.Option(help="Train on the first so many images only.", rich_help_panel=TASK),
+]
+Augment = Annotated[
+    bool | None,
+    typer.Option(
+        "--augment/--no-augment",
+        help="Train on random crops (4 pixels of padding) and horizontal flips. (default: as the "
+        f"paper, for {' and '.join(name for name, each in DOWNLOADS.items() if each.augment)})",
+        rich_help_panel=TASK,
+    ),
+]
 Network = Annotated[
     str | None,
     typer.Option(help=f"{', '.join(NETWORKS)}. (default: {Config.network})", rich_help_panel=TASK),
+]
+Width = Annotated[
+    int | None,
+    typer.Option(
+        help="Channels of the network's first convolutions, or an mlp's hidden units; deeper ones "
+        "are in proportion. (default: "
+        f"{', '.join(f'{network.width} for {name}' for name, network in NETWORKS.items())})",
+        rich_help_panel=TASK,
+    ),
 ]
 Epochs = Annotated[
     int | None, typer.Option(help=f"(default: {Config.epochs})", rich_help_panel=TASK)
@@ -95,6 +163,14 @@ Device = Annotated[
     str | None,
     typer.Option(help="cpu, cuda, ... (default: cuda if there is one)", rich_help_panel=TASK),
 ]
+Precision = Annotated[
+    str | None,
+    typer.Option(
+        help=f"{', '.join(PRECISIONS)}: what layers compute in; parameters are float32 in any "
+        f"case. (default: {Config.precision})",
+        rich_help_panel=TASK,
+    ),
+]
 Threads = Annotated[
     int | None,
     typer.Option(help="CPU threads. (default: torch's, 1 for digits)", rich_help_panel=TASK),
@@ -105,6 +181,13 @@ Damping = Annotated[float | None, typer.Option(help="Constant damping λ.", rich
 Nu = Annotated[
     float | None,
     typer.Option(help="ν of trace damping (TKFAC, TEKFAC).", rich_help_panel=METHOD),
+]
+FirstOrderLr = Annotated[
+    float | None,
+    typer.Option(
+        help="Adam's learning rate for parameters without curvature, e.g. of norm layers.",
+        rich_help_panel=METHOD,
+    ),
 ]
 Fisher = Annotated[str | None, typer.Option(help="mc, exact or empirical.", rich_help_panel=METHOD)]
 FactorEvery = Annotated[
@@ -118,7 +201,20 @@ BasisEvery = Annotated[
 ]
 
 
-TASK_OPTIONS = ("data", "image_size", "network", "epochs", "batch_size", "device", "threads")
+TASK_OPTIONS = (
+    "data",
+    "image_size",
+    "data_dir",
+    "limit_train",
+    "augment",
+    "network",
+    "width",
+    "epochs",
+    "batch_size",
+    "device",
+    "precision",
+    "threads",
+)
 SCHEDULE_OPTIONS = ("warmup", "step_every", "step_factor")
 SETTING_OPTIONS = (
     "lr",
@@ -130,6 +226,7 @@ SETTING_OPTIONS = (
     "factor_every",
     "scale_every",
     "basis_every",
+    "first_order_lr",
 )
 
 
@@ -146,9 +243,15 @@ def train(
         str | None,
         typer.Option(help=f"{', '.join(METHODS)}. (default: {Config.optimizer})"),
     ] = None,
+    preset: PresetName = None,
+    config_file: ConfigFile = None,
     data: Data = None,
     image_size: ImageSize = None,
+    data_dir: DataDir = None,
+    limit_train: LimitTrain = None,
+    augment: Augment = None,
     network: Network = None,
+    width: Width = None,
     epochs: Epochs = None,
     batch_size: BatchSize = None,
     schedule: ScheduleName = None,
@@ -156,11 +259,12 @@ def train(
     step_every: StepEvery = None,
     step_factor: StepFactor = None,
     device: Device = None,
+    precision: Precision = None,
     threads: Threads = None,
     seed: Annotated[
         int | None,
         typer.Option(
-            help="Fixes initial weights, data order and sampled labels. (default: 0)",
+            help="Fixes initial weights, data order, augmentation and sampled labels. (default: 0)",
             rich_help_panel=TASK,
         ),
     ] = None,
@@ -173,6 +277,7 @@ def train(
     factor_every: FactorEvery = None,
     scale_every: ScaleEvery = None,
     basis_every: BasisEvery = None,
+    first_order_lr: FirstOrderLr = None,
     out: Annotated[
         Path | None,
         typer.Option(help="Run folder. (default: runs/DATA-NETWORK-OPTIMIZER-seedSEED)"),
@@ -197,11 +302,11 @@ def train(
                     "only --epochs can"
                 )
             with RunFolder.open(resume) as folder:
-                _train(folder, load(folder.config.data, folder.config.image_size), epochs)
+                _train(folder, folder.config.load_data(), epochs)
             return
         settings = {key: given[key] for key in SETTING_OPTIONS if key in given}
         config = _config(given, Config.optimizer if optimizer is None else optimizer, settings)
-        dataset = load(config.data, config.image_size)
+        dataset = config.load_data()
         check(config, dataset)
         with (
             RunFolder.create_numbered(RUNS / config.name, config)
@@ -251,9 +356,15 @@ def compare(
     target: Annotated[
         float, typer.Option(min=0, max=1, help="Test accuracy to count epochs to.")
     ] = 0.97,
+    preset: PresetName = None,
+    config_file: ConfigFile = None,
     data: Data = None,
     image_size: ImageSize = None,
+    data_dir: DataDir = None,
+    limit_train: LimitTrain = None,
+    augment: Augment = None,
     network: Network = None,
+    width: Width = None,
     epochs: Epochs = None,
     batch_size: BatchSize = None,
     schedule: ScheduleName = None,
@@ -261,6 +372,7 @@ def compare(
     step_every: StepEvery = None,
     step_factor: StepFactor = None,
     device: Device = None,
+    precision: Precision = None,
     threads: Threads = None,
     lr: Annotated[
         list[str] | None,
@@ -278,6 +390,7 @@ def compare(
     factor_every: FactorEvery = None,
     scale_every: ScaleEvery = None,
     basis_every: BasisEvery = None,
+    first_order_lr: FirstOrderLr = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -306,7 +419,7 @@ def compare(
             if key in given and not any(has_setting(name, key) for name in names):
                 raise InputError(f"--{key.replace('_', '-')} does nothing with {', '.join(names)}")
         first = configs[names[0]]
-        dataset = load(first.data, first.image_size)
+        dataset = first.load_data()
         for config in configs.values():
             check(config, dataset)
         task = f"{dataset.name}, {first.network}"
@@ -438,18 +551,30 @@ class EpochLines(Bar):
 
 
 def _given(context: typer.Context) -> dict[str, Any]:
+    """The options given on the command line or in a file."""
     return {key: value for key, value in context.params.items() if value is not None}
 
 
 def _config(given: Mapping[str, Any], optimizer: str, settings: Mapping[str, Any]) -> Config:
-    task = {key: given[key] for key in TASK_OPTIONS if key in given}
+    preset = presets.find(given.get("preset"))
+    task = {**preset.task, **{key: given[key] for key in TASK_OPTIONS if key in given}}
     task.setdefault("device", default_device())
     task.setdefault("threads", default_threads(task.get("data", Config.data)))
     if "seed" in given:
         task["seed"] = given["seed"]
-    times = {key: given[key] for key in SCHEDULE_OPTIONS if key in given}
-    schedule = Schedule(given.get("schedule", "constant"), **times)
-    return Config(optimizer=optimizer, settings=settings, schedule=schedule, **task)
+    fixed = {key: value for key, value in preset.settings.items() if has_setting(optimizer, key)}
+    return Config(
+        optimizer=optimizer,
+        settings={**fixed, **settings},
+        schedule=_schedule(given, preset.schedule),
+        **task,
+    )
+
+
+def _schedule(given: Mapping[str, Any], base: Schedule) -> Schedule:
+    if given.get("schedule", base.name) != base.name:
+        base = Schedule(given["schedule"])
+    return replace(base, **{key: given[key] for key in SCHEDULE_OPTIONS if key in given})
 
 
 def _learning_rates(pairs: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, float]]:

@@ -10,8 +10,12 @@ from typing import Any
 import torch
 
 from tekfac.experiments import data, networks, optimizers
+from tekfac.experiments.data import Dataset
 from tekfac.experiments.errors import InputError
 from tekfac.experiments.schedules import Schedule
+
+# Types that layers may compute in. The range of bfloat16 is float32's: no loss scaling is needed.
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -19,17 +23,26 @@ class Config:
     """A run's configuration. Two runs of one configuration give the same numbers.
 
     Attributes:
-        data: a registered data set's name, or the path of an ``.npz`` file or image folder
+        data: a name of ``data.NAMED``, or the path of an ``.npz`` file or image folder
             (recorded as an absolute path, so that a run can be resumed from anywhere).
         image_size: height and width for the pictures of an image folder; None for other data.
+        data_dir: the folder of torchvision's data sets (recorded as an absolute path); None for
+            other data.
+        limit_train: the number of training images, the first ones, to which a reduced run is
+            limited; None for all.
+        augment: whether training images are cropped and flipped at random; None takes what the
+            paper does with the data set, and is recorded as that.
         network: a name of ``networks.NETWORKS``.
+        width: the network's width; None takes its default, and is recorded as that.
         optimizer: a name of ``optimizers.METHODS``.
         settings: the optimizer's settings; those left out take the method's defaults, and are
             recorded with the values that they took.
         epochs, batch_size: 1 or more. The last batch of an epoch may be smaller.
         schedule: the learning rate's schedule.
-        seed: fixes initial weights, data order and sampled labels.
+        seed: fixes initial weights, data order, augmentation and sampled labels.
         device: where torch is to compute, e.g. ``"cpu"`` or ``"cuda"``.
+        precision: a name of ``PRECISIONS``: what layers compute in, by ``torch.autocast``.
+            Parameters, and the optimizer's state, are float32 in any case.
         threads: CPU threads for torch. Sums come out differently in their last bits with another
             number, so that it is part of what makes a run repeatable.
 
@@ -39,7 +52,11 @@ class Config:
 
     data: str = "digits"
     image_size: int | None = None
+    data_dir: str | None = None
+    limit_train: int | None = None
+    augment: bool | None = None
     network: str = "cnn"
+    width: int | None = None
     optimizer: str = "tekfac"
     settings: Mapping[str, Any] = field(default_factory=dict)
     epochs: int = 12
@@ -47,19 +64,25 @@ class Config:
     schedule: Schedule = field(default_factory=Schedule)
     seed: int = 0
     device: str = "cpu"
+    precision: str = "fp32"
     threads: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "image_size", "threads"):
+        for name in ("epochs", "batch_size", "image_size", "limit_train", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"--{name.replace('_', '-')} must be 1 or more, got {value}")
-        if self.network not in networks.NETWORKS:
-            known = ", ".join(networks.NETWORKS)
-            raise InputError(f"--network {self.network!r} is unknown; there is: {known}")
         _check_device(self.device)
+        if self.precision not in PRECISIONS:
+            raise InputError(
+                f"--precision {self.precision!r} is unknown; there is: {', '.join(PRECISIONS)}"
+            )
         # Frozen as the instance is, these are its first values, not changes.
         object.__setattr__(self, "data", data.canonical_source(self.data))
+        object.__setattr__(self, "data_dir", data.canonical_data_dir(self.data, self.data_dir))
+        if self.augment is None:
+            object.__setattr__(self, "augment", data.augments(self.data))
+        object.__setattr__(self, "width", networks.resolve_width(self.network, self.width))
         object.__setattr__(self, "settings", optimizers.resolve(self.optimizer, self.settings))
 
     @property
@@ -67,6 +90,15 @@ class Config:
         """A short name, fit for a folder."""
         source = data.source_name(self.data)
         return f"{source}-{self.network}-{self.optimizer}-seed{self.seed}"
+
+    def load_data(self) -> Dataset:
+        """The data set, downloaded if need be, with as many training images as are wanted.
+
+        Raises:
+            InputError: if the data cannot be read or had, or do not fit together.
+        """
+        whole = data.load(self.data, self.image_size, self.data_dir)
+        return whole if self.limit_train is None else whole.first(self.limit_train)
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as JSON can hold it."""

@@ -1,4 +1,4 @@
-"""Image data sets, held whole as tensors: the embedded digits, ``.npz`` files, image folders."""
+"""Image data sets, held whole as tensors: named ones, ``.npz`` files, image folders."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from torch import Tensor
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import functional as images
 
+from tekfac.experiments import downloads
+from tekfac.experiments.downloads import DOWNLOADS
 from tekfac.experiments.errors import InputError
 
 # Splits are part of a data set, not of a run: with one split for all seeds no run is tested on
@@ -28,7 +30,15 @@ SPLIT_SEED = 0
 DIGITS_TEST_IMAGES = 500
 FOLDER_TEST_FRACTION = 0.2
 
+# Where data sets to be downloaded are kept, unless the user says.
+DATA_DIR = Path("data")
+
+# Images whose channels are averaged in one go, so that no copy of them all in float64 is made.
+CHUNK = 1000
+
 NPZ_KEYS = ("x_train", "y_train", "x_test", "y_test")
+
+Pixels = NDArray[np.uint8] | NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -37,10 +47,12 @@ class Dataset:
 
     Attributes:
         name: a short name, fit for a file name.
-        x_train, x_test: float32 images, N×C×H×W, standardised by the training images' mean and
-            standard deviation per channel.
+        x_train, x_test: images, N×C×H×W, uint8 or float32, as the source has them: a quarter of
+            the memory for most, and what augmentation works on.
         y_train, y_test: int64 labels, N, from 0 to ``classes - 1``.
         classes: the number of classes.
+        mean, deviation: of the training images' channels, float32, C×1×1; of a constant channel
+            the deviation is set to 1.
     """
 
     name: str
@@ -49,6 +61,8 @@ class Dataset:
     x_test: Tensor
     y_test: Tensor
     classes: int
+    mean: Tensor
+    deviation: Tensor
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -64,7 +78,28 @@ class Dataset:
             y_train=self.y_train.to(device),
             x_test=self.x_test.to(device),
             y_test=self.y_test.to(device),
+            mean=self.mean.to(device),
+            deviation=self.deviation.to(device),
         )
+
+    def standardised(self, images: Tensor) -> Tensor:
+        """Images as a network takes them: float32, minus ``mean``, over ``deviation``."""
+        return (images - self.mean) / self.deviation
+
+    def first(self, count: int) -> Dataset:
+        """The same data with the first ``count`` training images only.
+
+        Test images, classes, mean and deviation stay as they are, so that the task does.
+
+        Raises:
+            InputError: if there are not so many.
+        """
+        if count > len(self.y_train):
+            raise InputError(
+                f"--limit-train {count} is more than the {len(self.y_train)} training images "
+                f"of {self.name}"
+            )
+        return replace(self, x_train=self.x_train[:count], y_train=self.y_train[:count])
 
     def digest(self) -> str:
         """A fingerprint of all images and labels, by which a changed file is found out."""
@@ -81,13 +116,13 @@ def canonical_source(source: str) -> str:
     Raises:
         InputError: if it is neither.
     """
-    if source in EMBEDDED:
+    if source in NAMED:
         return source
     path = Path(source)
     if not path.exists():
         raise InputError(
             f"--data {source!r}: no such file or folder, and no data set of that name "
-            f"(there is: {', '.join(sorted(EMBEDDED))})"
+            f"(there is: {', '.join(NAMED)})"
         )
     if path.is_file() and path.suffix != ".npz":
         raise InputError(f"--data {source!r}: a file of data must be an .npz file")
@@ -96,25 +131,48 @@ def canonical_source(source: str) -> str:
 
 def source_name(source: str) -> str:
     """The short name of the data set at ``source``, which need not be loaded yet."""
-    return source if source in EMBEDDED else Path(source).stem
+    return source if source in NAMED else Path(source).stem
 
 
-def load(source: str, image_size: int | None = None) -> Dataset:
+def canonical_data_dir(source: str, data_dir: str | None) -> str | None:
+    """``data_dir`` as a run records it: an absolute path, or None for data that need none.
+
+    Raises:
+        InputError: if it is given for such data.
+    """
+    if source in DOWNLOADS:
+        return str((DATA_DIR if data_dir is None else Path(data_dir).expanduser()).resolve())
+    if data_dir is not None:
+        raise InputError(f"--data-dir is for {', '.join(DOWNLOADS)}; --data {source} needs none")
+    return None
+
+
+def augments(source: str) -> bool:
+    """Whether training images are cropped and flipped where the user does not say: for CIFAR."""
+    return source in DOWNLOADS and DOWNLOADS[source].augment
+
+
+def load(source: str, image_size: int | None = None, data_dir: str | None = None) -> Dataset:
     """Load a data set.
 
     Args:
-        source: ``"digits"``, the path of an ``.npz`` file, or of an image folder.
+        source: a name of ``NAMED``, or the path of an ``.npz`` file or of an image folder.
         image_size: height and width to which the pictures of an image folder are resized, 32 when
             None; other data keep their size and take None only.
+        data_dir: the folder of torchvision's data sets, into which they are downloaded if they are
+            not there; ``data`` when None. Other data take None only.
 
     Raises:
         InputError: if the data cannot be read or do not fit together.
     """
     source = canonical_source(source)
-    if Path(source).is_dir() and source not in EMBEDDED:
+    data_dir = canonical_data_dir(source, data_dir)
+    if Path(source).is_dir() and source not in NAMED:
         return load_image_folder(Path(source), 32 if image_size is None else image_size)
     if image_size is not None:
         raise InputError("--image-size is for image folders only: other data keep their size")
+    if data_dir is not None:
+        return load_download(source, Path(data_dir))
     return EMBEDDED[source]() if source in EMBEDDED else load_npz(Path(source))
 
 
@@ -131,7 +189,18 @@ def load_digits_dataset() -> Dataset:
     return _assemble("digits", x_train, y_train, x_test, y_test, classes=10)
 
 
+def load_download(name: str, data_dir: Path) -> Dataset:
+    """One of torchvision's data sets, downloaded into ``data_dir`` if it is not there.
+
+    Raises:
+        InputError: if it can be neither read nor downloaded; the message says what to do by hand.
+    """
+    (x_train, y_train), (x_test, y_test) = downloads.read(name, data_dir)
+    return _assemble(name, x_train, y_train, x_test, y_test, DOWNLOADS[name].classes)
+
+
 EMBEDDED: dict[str, Callable[[], Dataset]] = {"digits": load_digits_dataset}
+NAMED = (*EMBEDDED, *DOWNLOADS)
 
 
 def load_npz(path: Path) -> Dataset:
@@ -208,27 +277,41 @@ def load_image_folder(path: Path, image_size: int) -> Dataset:
 
 def _assemble(
     name: str,
-    x_train: NDArray[np.float32],
+    x_train: Pixels,
     y_train: NDArray[np.int64],
-    x_test: NDArray[np.float32],
+    x_test: Pixels,
     y_test: NDArray[np.int64],
     classes: int,
 ) -> Dataset:
-    mean = x_train.mean(axis=(0, 2, 3), keepdims=True, dtype=np.float64)
-    deviation = x_train.std(axis=(0, 2, 3), keepdims=True, dtype=np.float64)
-    deviation[deviation == 0] = 1.0
-
-    def standardised(xs: NDArray[np.float32]) -> Tensor:
-        return torch.from_numpy((xs - mean.astype(np.float32)) / deviation.astype(np.float32))
-
+    images = torch.from_numpy(np.ascontiguousarray(x_train))
+    mean, deviation = _channel_moments(images)
     return Dataset(
         name=name,
-        x_train=standardised(x_train),
+        x_train=images,
         y_train=torch.from_numpy(y_train.astype(np.int64)),
-        x_test=standardised(x_test),
+        x_test=torch.from_numpy(np.ascontiguousarray(x_test)),
         y_test=torch.from_numpy(y_test.astype(np.int64)),
         classes=classes,
+        mean=mean,
+        deviation=deviation,
     )
+
+
+def _channel_moments(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each channel, as ``Dataset`` has them."""
+    count, channels, height, width = images.shape
+    pixels = count * height * width
+    mean = torch.zeros(channels, 1, 1, dtype=torch.float64)
+    variance = torch.zeros_like(mean)
+    for chunk in images.split(CHUNK):
+        mean += chunk.double().sum(dim=(0, 2, 3)).view_as(mean) / pixels
+    for chunk in images.split(CHUNK):
+        squares = (chunk.double() - mean).square_()
+        variance += squares.sum(dim=(0, 2, 3)).view_as(mean) / pixels
+    # Of a constant channel rounding may leave a variance that is not quite zero.
+    constant = (images.amin(dim=(0, 2, 3)) == images.amax(dim=(0, 2, 3))).view_as(mean)
+    deviation = torch.where(constant, 1.0, variance.sqrt())
+    return mean.float(), deviation.float()
 
 
 def _read_npz(path: Path) -> dict[str, NDArray[np.generic]]:
@@ -258,8 +341,8 @@ def _read_npz(path: Path) -> dict[str, NDArray[np.generic]]:
     return arrays
 
 
-def _check_images(path: Path, key: str, xs: NDArray[np.generic]) -> NDArray[np.float32]:
-    """Images as float32 N×C×H×W."""
+def _check_images(path: Path, key: str, xs: NDArray[np.generic]) -> Pixels:
+    """Images as N×C×H×W, uint8 if they are that, or else float32."""
     if xs.ndim not in (3, 4):
         raise InputError(f"{path}: {key} must be N×H×W or N×H×W×C, but has shape {xs.shape}")
     if 0 in xs.shape:
@@ -271,11 +354,18 @@ def _check_images(path: Path, key: str, xs: NDArray[np.generic]) -> NDArray[np.f
         )
     if xs.dtype != np.uint8 and not np.issubdtype(xs.dtype, np.floating):
         raise InputError(f"{path}: {key} must be uint8 or float, but is {xs.dtype}")
+    if xs.dtype == np.uint8:
+        return _channels_first(xs.astype(np.uint8, copy=False))
     with np.errstate(over="ignore"):
-        pixels: NDArray[np.float32] = xs.astype(np.float32)
+        pixels = xs.astype(np.float32)
     if not np.isfinite(pixels).all():
         bad = int((~np.isfinite(pixels)).reshape(len(pixels), -1).any(axis=1).argmax())
         raise InputError(f"{path}: {key} has pixels that are nan or infinite, first in image {bad}")
+    return _channels_first(pixels)
+
+
+def _channels_first(pixels: Pixels) -> Pixels:
+    """N×H×W or N×H×W×C as N×C×H×W."""
     return pixels[:, None] if pixels.ndim == 3 else np.moveaxis(pixels, -1, 1)
 
 
@@ -292,7 +382,7 @@ def _check_labels(path: Path, key: str, ys: NDArray[np.generic]) -> NDArray[np.i
 
 def _read_pictures(
     path: Path, image_size: int
-) -> tuple[NDArray[np.float32], NDArray[np.int64], list[str]]:
+) -> tuple[NDArray[np.uint8], NDArray[np.int64], list[str]]:
     try:
         folder = ImageFolder(str(path))
     except FileNotFoundError as error:
@@ -302,7 +392,7 @@ def _read_pictures(
             f"{path}: needs a subfolder of pictures for each of two classes or more, "
             f"found only {folder.classes[0]!r}"
         )
-    xs = np.empty((len(folder), 3, image_size, image_size), dtype=np.float32)
+    xs = np.empty((len(folder), 3, image_size, image_size), dtype=np.uint8)
     for i, (file, _) in enumerate(folder.samples):
         try:
             picture = folder.loader(file)

@@ -13,13 +13,17 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 
 from tekfac.experiments import networks, optimizers
-from tekfac.experiments.config import Config
+from tekfac.experiments.augmentation import crop_and_flip
+from tekfac.experiments.config import PRECISIONS, Config
 from tekfac.experiments.data import Dataset
 from tekfac.experiments.errors import Diverged, InputError
 from tekfac.experiments.metrics import EpochMetrics, History
 from tekfac.experiments.runs import RunFolder
 
 EVALUATION_BATCH = 1000
+# Apart from the sampled labels', whose generator has the same seed: or else one draw would follow
+# from the other.
+AUGMENTATION_SEED = 0x9E3779B9
 
 
 @dataclass(frozen=True)
@@ -73,9 +77,11 @@ class Training:
         self._batches = math.ceil(len(data.y_train) / config.batch_size)
         torch.manual_seed(config.seed)
         # Built on the CPU: the same seed then means the same weights on every device.
-        self.network = networks.build(config.network, data.image_shape, data.classes)
+        self.network = networks.build(config.network, data.image_shape, data.classes, config.width)
         self.network.to(config.device)
         self._order = torch.Generator().manual_seed(config.seed)
+        self._augmentation = torch.Generator(config.device)
+        self._augmentation.manual_seed(config.seed + AUGMENTATION_SEED)
         self.optimizer = optimizers.build(
             config.optimizer,
             self.network,
@@ -102,7 +108,8 @@ class Training:
         start = time.perf_counter()
         train_loss, train_accuracy, lr = self._train_epoch(watcher, clock_zero=start - before)
         seconds = before + time.perf_counter() - start
-        test_loss, test_accuracy = evaluate(self.network, self._data.x_test, self._data.y_test)
+        with self._autocast():
+            test_loss, test_accuracy = evaluate(self.network, self._data)
         epoch = len(self.history) + 1
         if not math.isfinite(test_loss):
             raise Diverged(f"the test loss became {test_loss} in epoch {epoch}")
@@ -126,9 +133,12 @@ class Training:
         seen, loss_sum, correct_sum, lr = 0, 0.0, 0.0, 0.0
         for batch, index in enumerate(order.split(self.config.batch_size), start=1):
             x, y = images[index], labels[index]
+            if self.config.augment:
+                x = crop_and_flip(x, self._augmentation)
             self.optimizer.zero_grad()
-            output = self.network(x)
-            loss = F.cross_entropy(output, y)
+            with self._autocast():
+                output = self.network(self._data.standardised(x))
+                loss = F.cross_entropy(output, y)
             loss.backward()
             # One transfer from the device, not two.
             mean_loss, correct = torch.stack([loss.detach(), _correct(output, y)]).tolist()
@@ -156,6 +166,12 @@ class Training:
             torch.cuda.synchronize(labels.device)
         return loss_sum / seen, correct_sum / seen, lr
 
+    def _autocast(self) -> torch.autocast:
+        """Layers compute in the configuration's precision; parameters stay in float32."""
+        precision = PRECISIONS[self.config.precision]
+        device = torch.device(self.config.device).type
+        return torch.autocast(device, precision, enabled=precision != torch.float32)
+
     def state_dict(self) -> dict[str, Any]:
         """Everything that continuing needs, as plain values and tensors."""
         device = torch.device(self.config.device)
@@ -165,6 +181,7 @@ class Training:
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self._scheduler.state_dict(),
             "order_rng": self._order.get_state(),
+            "augmentation_rng": self._augmentation.get_state(),
             "torch_rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
         }
@@ -176,6 +193,7 @@ class Training:
         self.optimizer.load_state_dict(state["optimizer"])
         self._scheduler.load_state_dict(state["scheduler"])
         self._order.set_state(state["order_rng"])
+        self._augmentation.set_state(state["augmentation_rng"])
         torch.set_rng_state(state["torch_rng"])
         if state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"], torch.device(self.config.device))
@@ -251,18 +269,22 @@ def _load(training: Training, checkpoint: dict[str, Any], folder: RunFolder) -> 
 
 
 @torch.no_grad()
-def evaluate(network: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, float]:
-    """Mean cross-entropy and accuracy of a network in evaluation mode, which it is left in."""
+def evaluate(network: nn.Module, data: Dataset) -> tuple[float, float]:
+    """Mean cross-entropy and accuracy on the test images in evaluation mode, which is left on."""
     network.eval()
     loss_sum, correct_sum = 0.0, 0.0
-    for x, y in zip(images.split(EVALUATION_BATCH), labels.split(EVALUATION_BATCH), strict=True):
-        output = network(x)
+    batches = zip(
+        data.x_test.split(EVALUATION_BATCH), data.y_test.split(EVALUATION_BATCH), strict=True
+    )
+    for x, y in batches:
+        output = network(data.standardised(x))
         loss = F.cross_entropy(output, y, reduction="sum")
         loss_value, correct = torch.stack([loss, _correct(output, y)]).tolist()
         loss_sum += loss_value
         correct_sum += correct
-    return loss_sum / len(labels), correct_sum / len(labels)
+    return loss_sum / len(data.y_test), correct_sum / len(data.y_test)
 
 
 def _correct(output: Tensor, labels: Tensor) -> Tensor:
-    return (output.detach().argmax(dim=1) == labels).sum().to(output.dtype)
+    # Not in the output's type, which may be too coarse to count in.
+    return (output.detach().argmax(dim=1) == labels).sum().float()
