@@ -635,3 +635,25 @@ def test_a_closed_optimizer_leaves_the_other_at_work() -> None:
         optimizer.step()
         found.append(optimizer)
     assert_same_blocks(found[0], found[1])
+
+
+@pytest.mark.parametrize("fisher", ["mc", "exact", "empirical"])
+def test_per_example_gradients_by_torch_func_are_left_alone(fisher: str) -> None:
+    """``vmap(grad(...))`` through a model whose optimizer listens works, and counts as nothing."""
+    model = mlp()
+    optimizer = tekfac.TEKFAC(model, fisher=fisher)
+    x, y = torch.randn(6, 5, dtype=torch.float64), torch.randint(3, (6,))
+
+    def loss(parameters: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
+        output = torch.func.functional_call(model, parameters, (image[None],))
+        return F.cross_entropy(output, label[None])
+
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(parameters, x, y)
+    optimizer.close()
+    assert all(block.empty for block in optimizer.blocks.values())
+    for i in range(len(x)):
+        model.zero_grad()
+        F.cross_entropy(model(x[i : i + 1]), y[i : i + 1]).backward()
+        for name, p in model.named_parameters():
+            assert torch.allclose(found[name][i], p.grad, atol=1e-12)

@@ -120,7 +120,9 @@ class Capture:
         self._handles.append(module.register_forward_hook(hook, prepend=True, with_kwargs=True))
 
     def _before_model(self, module: nn.Module, args: Any) -> None:
-        self._pass = _Pass() if torch.is_grad_enabled() else None
+        # What torch.func differentiates is somebody's own computation, not a step's loss.
+        seen = torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
+        self._pass = _Pass() if seen else None
 
     def _after_layer(
         self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any

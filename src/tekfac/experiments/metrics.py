@@ -32,6 +32,25 @@ class EpochMetrics:
 History = Sequence[EpochMetrics]
 
 
+@dataclass(frozen=True)
+class Distance:
+    """One method on one layer at one time.
+
+    Attributes:
+        epoch: epochs of training before the measurement.
+        layer: the layer's name and kind.
+        method: KFAC, EKFAC, TKFAC or TEKFAC.
+        error: ``‖F − F̂‖_F / ‖F‖_F``.
+        trace: ``tr F̂ / tr F``.
+    """
+
+    epoch: int
+    layer: str
+    method: str
+    error: float
+    trace: float
+
+
 def epochs_to(history: History, target: float) -> int | None:
     """The first epoch with at least ``target`` test accuracy, None if there is none."""
     return next((m.epoch for m in history if m.test_accuracy >= target), None)

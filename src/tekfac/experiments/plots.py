@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from tekfac.experiments.metrics import EpochMetrics, History
+from tekfac.experiments.metrics import Distance, EpochMetrics, History
 
 DPI = 120
 
@@ -76,6 +76,34 @@ def comparison_figure(runs: Mapping[str, Sequence[History]], title: str, target:
         axes.grid(alpha=0.3)
     if runs:
         accuracy_epochs.legend(loc="lower right")
+    return figure
+
+
+def distance_figure(distances: Sequence[Distance], title: str) -> Figure:
+    """Error and ratio of traces of each method over training, a column per layer."""
+    layers = list(dict.fromkeys(d.layer for d in distances))
+    methods = list(dict.fromkeys(d.method for d in distances))
+    figure = Figure(figsize=(3.2 * len(layers), 6), dpi=DPI, layout="constrained")
+    figure.suptitle(title)
+    rows = figure.subplots(2, len(layers), sharex=True, sharey="row", squeeze=False)
+    for column, layer in enumerate(layers):
+        error, trace = rows[0, column], rows[1, column]
+        error.set_title(layer)
+        for number, method in enumerate(methods):
+            own = [d for d in distances if (d.layer, d.method) == (layer, method)]
+            # Thinner and thinner, as many of the lines coincide.
+            width = 1.2 * (len(methods) - number)
+            error.plot(
+                [d.epoch for d in own], [d.error for d in own], label=method, linewidth=width
+            )
+            trace.plot([d.epoch for d in own], [d.trace for d in own], linewidth=width)
+        trace.set_xlabel("epoch")
+        trace.xaxis.set_major_locator(MaxNLocator(integer=True))
+    rows[0, 0].set(ylabel="‖F − F̂‖ / ‖F‖ (Frobenius)", ylim=(0, None))
+    rows[1, 0].set_ylabel("tr F̂ / tr F")
+    for axes in rows.flat:
+        axes.grid(alpha=0.3)
+    rows[0, -1].legend()
     return figure
 
 

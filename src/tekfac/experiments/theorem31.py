@@ -1,0 +1,182 @@
+"""Theorem 3.1 in numbers: how near the four approximations are to the Fisher matrix of a network.
+
+While a small network trains on the digits, every layer's exact Fisher block is built from
+per-example Jacobians, and compared with what each method makes of the same batch. The theorem says
+that TEKFAC is never further from it than TKFAC; EKFAC and KFAC stand beside them.
+"""
+
+from __future__ import annotations
+
+import copy
+import csv
+import dataclasses
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jacrev, vmap
+from torch.nn import functional as F
+
+import tekfac
+from tekfac.experiments import plots
+from tekfac.experiments.config import Config
+from tekfac.experiments.data import Dataset
+from tekfac.experiments.metrics import Distance
+from tekfac.experiments.runs import write_atomically
+from tekfac.experiments.training import Training, Watcher
+
+METHODS: dict[str, Callable[[nn.Module], tekfac.NaturalGradient]] = {
+    "KFAC": lambda network: tekfac.KFAC(network, lr=0, momentum=0, fisher="exact"),
+    "EKFAC": lambda network: tekfac.EKFAC(network, lr=0, momentum=0, fisher="exact"),
+    "TKFAC": lambda network: tekfac.TKFAC(network, lr=0, momentum=0, fisher="exact", fc_scale=1),
+    "TEKFAC": lambda network: tekfac.TEKFAC(network, lr=0, momentum=0, fisher="exact", fc_scale=1),
+}
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is measured.
+
+    Attributes:
+        epochs: epochs of training; measured before the first and after each.
+        examples: training images in the batch on which everything is measured.
+        width: of the network ``cnn``.
+    """
+
+    epochs: int
+    examples: int
+    width: int
+
+
+SCALES = {"smoke": Scale(1, 32, 2), "small": Scale(12, 256, 8), "full": Scale(24, 1024, 12)}
+
+
+def fisher_block(network: nn.Module, layer: str, x: Tensor) -> Tensor:
+    """A layer's Fisher block from per-example Jacobians of the logits, expectation over all labels.
+
+    Args:
+        network: gives logits ``(N, classes)``.
+        layer: the name of a layer with a weight and a bias.
+        x: images, ``(N, ...)``.
+
+    Returns:
+        ``(P, P)`` for the layer's ``P`` parameters, in the order of
+        ``torch.cat([weight.flatten(1), bias[:, None]], 1).flatten()``.
+    """
+    module = network.get_submodule(layer)
+    weight = module.get_parameter("weight").detach()
+    bias = module.get_parameter("bias").detach()
+    columns = weight[0].numel()
+
+    def logits(matrix: Tensor, image: Tensor) -> Tensor:
+        parameters = {
+            f"{layer}.weight": matrix[:, :columns].reshape(weight.shape),
+            f"{layer}.bias": matrix[:, columns],
+        }
+        output: Tensor = functional_call(network, parameters, (image[None],))
+        return output[0]
+
+    matrix = torch.cat([weight.flatten(1), bias[:, None]], dim=1)
+    jacobian: Tensor = vmap(jacrev(logits), in_dims=(None, 0))(matrix, x).flatten(2)
+    with torch.no_grad():
+        p = F.softmax(network(x), dim=1)
+    scores = p.sqrt()[:, :, None] * (torch.eye(p.shape[1]) - p[:, None])
+    gradients: Tensor = (scores @ jacobian).flatten(0, 1)
+    return gradients.mT @ gradients / len(x)
+
+
+def measure(network: nn.Module, x: Tensor, y: Tensor, epoch: int) -> list[Distance]:
+    """Distances of all methods on all layers, on one batch."""
+    optimizers = {}
+    for name, make in METHODS.items():
+        own = copy.deepcopy(network)
+        optimizers[name] = make(own)
+        F.cross_entropy(own(x), y).backward()
+        optimizers[name].step()
+    result = []
+    network = copy.deepcopy(network).requires_grad_(False)
+    for layer, block in optimizers["KFAC"].blocks.items():
+        fisher = fisher_block(network, layer, x)
+        kind = type(network.get_submodule(layer)).__name__
+        for name, optimizer in optimizers.items():
+            estimate = optimizer.blocks[layer].dense()
+            result.append(
+                Distance(
+                    epoch=epoch,
+                    layer=f"{kind} {block.shape[0]}×{block.shape[1]}",
+                    method=name,
+                    error=float((fisher - estimate).norm() / fisher.norm()),
+                    trace=float(estimate.trace() / fisher.trace()),
+                )
+            )
+    return result
+
+
+def run(scale: Scale, data: Dataset, watch: Callable[[str], None]) -> list[Distance]:
+    """Train with TEKFAC, measuring before the first epoch and after each.
+
+    Args:
+        scale: how much.
+        data: what to train on, and measure on the first images of.
+        watch: told of each measurement.
+    """
+    config = Config(data="digits", network="cnn", width=scale.width, epochs=scale.epochs)
+    training = Training(config, data)
+    x = data.standardised(data.x_train[: scale.examples])
+    y = data.y_train[: scale.examples]
+    distances = measure(training.network, x, y, 0)
+    for epoch in range(1, scale.epochs + 1):
+        training.run_epoch(Watcher())
+        training.network.train()
+        distances += measure(training.network, x, y, epoch)
+        watch(f"epoch {epoch} of {scale.epochs} measured")
+    return distances
+
+
+def save(distances: Sequence[Distance], path: Path, title: str) -> None:
+    """Write ``theorem31.csv``, ``theorem31.md`` (means over time) and ``theorem31.png``."""
+    path.mkdir(parents=True, exist_ok=True)
+    names = [field.name for field in dataclasses.fields(Distance)]
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(
+        [names, *(dataclasses.astuple(distance) for distance in distances)]
+    )
+    figure = plots.distance_figure(distances, title)
+    table = markdown(distances)
+    write_atomically(path / "theorem31.csv", lambda file: file.write(text.getvalue().encode()))
+    write_atomically(path / "theorem31.md", lambda file: file.write(table.encode()))
+    write_atomically(path / "theorem31.png", lambda file: figure.savefig(file, format="png"))
+
+
+def markdown(distances: Sequence[Distance]) -> str:
+    """A table of each method's mean error and trace ratio over time, for every layer."""
+    layers = list(dict.fromkeys(distance.layer for distance in distances))
+    methods = list(dict.fromkeys(distance.method for distance in distances))
+    lines = [
+        f"| layer | {' | '.join(methods)} |",
+        f"| --- |{' --- |' * len(methods)}",
+    ]
+    for layer in layers:
+        cells = []
+        for method in methods:
+            own = [d for d in distances if (d.layer, d.method) == (layer, method)]
+            error = sum(d.error for d in own) / len(own)
+            trace = sum(d.trace for d in own) / len(own)
+            cells.append(f"{error:.3f} (trace {trace:.3f})")
+        lines.append(f"| {layer} | {' | '.join(cells)} |")
+    return "".join(line + "\n" for line in lines)
+
+
+def worst_ratio(distances: Sequence[Distance], better: str, worse: str) -> float:
+    """The largest ratio of one method's error to another's; at most 1 if the first always wins."""
+    errors: Mapping[tuple[int, str, str], float] = {
+        (d.epoch, d.layer, d.method): d.error for d in distances
+    }
+    return max(
+        error / errors[epoch, layer, worse]
+        for (epoch, layer, method), error in errors.items()
+        if method == better
+    )
