@@ -38,6 +38,7 @@ class Contender:
         self.y = torch.randint(10, (options.batch_size,), device=options.device)
         self.network = networks.build(options.model, (3, 32, 32), 10, options.width)
         self.network.to(options.device)
+        self.fraction = options.fraction
         self.optimizer = self._make(name, options.intervals)
         self.times: list[list[float]] = []
 
@@ -49,6 +50,7 @@ class Contender:
             return torch.optim.Adam(parameters, lr=1e-4)
         factor, scale, basis = map(int, intervals.split("/"))
         every: dict[str, Any] = {"factor_every": factor, "basis_every": basis}
+        every["curvature_fraction"] = self.fraction
         if name in RESCALED:
             every["scale_every"] = scale
         return METHODS[name](self.network, lr=1e-5, **every)
@@ -156,6 +158,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, help="default: the network's own")
     parser.add_argument("--optimizers", default="adam,tekfac", help="names, besides sgd")
     parser.add_argument("--intervals", default="10/10/100", help="factors/rescaling/basis")
+    parser.add_argument("--fraction", type=float, default=1.0, help="curvature_fraction")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--blocks", type=int, default=5)
     parser.add_argument("--steps", type=int, default=10, help="per block")

@@ -93,6 +93,7 @@ class Block(ABC):
         self.silent = False
         """Measured, and found to get no gradient at all, before there was any estimate."""
         self._examples = 0
+        self._batch = 0
         self._pending: list[Sample] = []
 
     # -- what a curious user asks ------------------------------------------------------------------
@@ -187,6 +188,7 @@ class Block(ABC):
         """Take the statistics of one backward pass into the sums of the step."""
         if sample.draw == 0:
             self._examples += sample.examples
+            self._batch += sample.batch
         for a, g in self.layer.chunks(sample):
             self._add(a, g, 1 / sample.draws)
 
@@ -202,12 +204,12 @@ class Block(ABC):
 
         Args:
             gradient_scale: what the output gradients observed are to be multiplied by; None for
-                the number of examples observed.
+                the number of examples in the batches observed.
             factor_decay: ε2 of (3.6) and (3.7).
             scale_decay: ε1 of (3.8).
         """
         examples = self._examples
-        scale = float(examples) if gradient_scale is None else gradient_scale
+        scale = float(self._batch) if gradient_scale is None else gradient_scale
         skipped = failed = False
         if examples and self.due.factors:
             if self.empty and self.factors.silent:
@@ -230,7 +232,7 @@ class Block(ABC):
         """Forget what was observed since the last update."""
         self.factors.clear()
         self._pending = []
-        self._examples = 0
+        self._examples = self._batch = 0
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything the block has learnt, as tensors by name."""

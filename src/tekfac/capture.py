@@ -9,6 +9,7 @@ listened to during the user's backward pass itself.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -65,6 +66,7 @@ class Capture:
         blocks: the blocks by layer name; looked at in every pass.
         fisher: how labels are averaged over; None for the empirical Fisher.
         output: finds the tensor of logits (or means) in what the model returns.
+        fraction: how much of each batch is given, the first examples of it, in (0, 1].
     """
 
     def __init__(
@@ -73,10 +75,12 @@ class Capture:
         blocks: Mapping[str, Block],
         fisher: Fisher | None,
         output: Callable[[Any], Tensor],
+        fraction: float,
     ) -> None:
         self.blocks = blocks
         self.fisher = fisher
         self.output = output
+        self.fraction = fraction
         self.passes = 0
         """Forward passes through the model so far in which a layer was captured."""
         self.without_grad: set[str] = set()
@@ -110,7 +114,7 @@ class Capture:
 
     def _give_waiting(self, here: _Pass, name: str) -> None:
         calls = self._waiting.pop((here, name))
-        _give(calls, [call.gradient for call in calls], here.examples)
+        self._give(calls, [call.gradient for call in calls], here.examples)
         for call in calls:
             call.input, call.gradient, call.given = None, None, True
 
@@ -205,9 +209,33 @@ class Capture:
             gradients = [cotangent if call.edge is None else next(found) for call in calls]
             for block in {call.block.name: call.block for call in calls}.values():
                 own = [i for i, call in enumerate(calls) if call.block is block]
-                _give(
+                self._give(
                     [calls[i] for i in own], [gradients[i] for i in own], here.examples, draw, draws
                 )
+
+    def _give(
+        self,
+        calls: list[_Call],
+        gradients: list[Tensor | None],
+        batch: int,
+        draw: int = 0,
+        draws: int = 1,
+    ) -> None:
+        """Hand a block the calls of its layer in one pass."""
+        if all(gradient is None for gradient in gradients):
+            return
+        examples = math.ceil(self.fraction * batch)
+        inputs: list[Tensor | None] = []
+        outputs: list[Tensor] = []
+        for call, gradient in zip(calls, gradients, strict=True):
+            if gradient is not None:
+                rows = -(-call.rows * examples // batch)
+                batched = call.block.layer.batched
+                inputs.append(None if call.input is None else batched(call.input)[:rows])
+                outputs.append(batched(gradient)[:rows])
+        sample = Sample(inputs, outputs, examples, batch, draw, draws)
+        with torch.no_grad(), torch.autocast(outputs[0].device.type, enabled=False):
+            calls[0].block.observe(sample)
 
 
 def _gradients(
@@ -222,19 +250,6 @@ def _gradients(
         if "checkpoint" not in str(error):
             raise
         raise RuntimeError(REENTRANT) from error
-
-
-def _give(
-    calls: list[_Call], gradients: list[Tensor | None], examples: int, draw: int = 0, draws: int = 1
-) -> None:
-    """Hand a block the calls of its layer in one pass."""
-    if all(gradient is None for gradient in gradients):
-        return
-    kept = [(c, g) for c, g in zip(calls, gradients, strict=True) if g is not None]
-    sample = Sample([c.input for c, _ in kept], [g for _, g in kept], examples, draw, draws)
-    device = kept[0][1].device.type
-    with torch.no_grad(), torch.autocast(device, enabled=False):
-        calls[0].block.observe(sample)
 
 
 def _has_rows(result: Any) -> bool:

@@ -8,6 +8,7 @@ EXTRA = {
     "filelock",
     "matplotlib",
     "numpy",
+    "optuna",
     "PIL",
     "rich",
     "scipy",

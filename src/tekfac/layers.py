@@ -30,10 +30,11 @@ class Sample:
     """What one layer saw in one forward and backward pass, for one draw of the labels.
 
     Args:
-        inputs: the layer's inputs, one per call of the layer in this pass; None where they do not
-            matter (frozen weight).
+        inputs: the layer's inputs, batch dimension first, one per call of the layer in this pass;
+            None where they do not matter (frozen weight).
         gradients: ``d(-log p)/d`` output, one per call, in the shape of the layer's output.
-        examples: number of examples ``N`` in the batch.
+        examples: number of examples ``N``.
+        batch: number of examples in the batch that they are the first of.
         draw: which draw of the labels this is, from 0.
         draws: how many there are in this pass.
     """
@@ -41,6 +42,7 @@ class Sample:
     inputs: list[Tensor | None]
     gradients: list[Tensor]
     examples: int
+    batch: int
     draw: int = 0
     draws: int = 1
 
@@ -155,7 +157,7 @@ class Layer(ABC):
         Yields:
             ``a`` ``(G, n, T, d_in)`` and ``g`` ``(G, n, T, d_out)``.
         """
-        calls = [(x, self.batched(g)) for x, g in zip(sample.inputs, sample.gradients, strict=True)]
+        calls = list(zip(sample.inputs, sample.gradients, strict=True))
         if all(len(g) % sample.examples == 0 for _, g in calls):
             together, counts = [calls], [sample.examples]
         else:
@@ -182,7 +184,7 @@ class Layer(ABC):
         a = rows.new_empty(*rows.shape[:3], self.d_in)
         if x is not None:
             columns = self.d_in - (self.bias is not None)
-            self._fill(a[..., :columns], self.batched(x)[span].to(self.dtype))
+            self._fill(a[..., :columns], x[span].to(self.dtype))
         if self.bias is not None:
             a[..., -1] = 1
         return a, rows

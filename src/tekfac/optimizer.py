@@ -43,6 +43,7 @@ class Common(TypedDict, total=False):
     factor_every: int
     basis_every: int
     factor_decay: float
+    curvature_fraction: float
     exclude: Sequence[str | type[nn.Module]]
     first_order: Adam
     params: Iterable[dict[str, Any]] | None
@@ -92,6 +93,8 @@ class NaturalGradient(torch.optim.Optimizer):
         factor_every: steps between statistics for the factors, ``T_FIM`` of the paper.
         basis_every: steps between refreshes of the eigenbasis, ``T_EIG``.
         factor_decay: ε2 of (3.6) and (3.7), in [0, 1): the weight of the past.
+        curvature_fraction: how much of each batch statistics are taken from, the first examples of
+            it, in (0, 1]. Less makes their steps cheaper and the estimate noisier.
         exclude: names of modules (with all that is inside) and module classes left to
             ``first_order``.
         first_order: the rule for every other parameter.
@@ -112,6 +115,7 @@ class NaturalGradient(torch.optim.Optimizer):
         "factor_every",
         "basis_every",
         "factor_decay",
+        "curvature_fraction",
         "kl_clip",
     )
 
@@ -134,6 +138,7 @@ class NaturalGradient(torch.optim.Optimizer):
         factor_every: int = 10,
         basis_every: int = 100,
         factor_decay: float = 0.95,
+        curvature_fraction: float = 1.0,
         exclude: Sequence[str | type[nn.Module]] = (),
         first_order: Adam = Adam(),
         params: Iterable[dict[str, Any]] | None = None,
@@ -151,6 +156,8 @@ class NaturalGradient(torch.optim.Optimizer):
         check_count("basis_every", basis_every)
         check_count("mc_samples", mc_samples)
         check_decay("factor_decay", factor_decay)
+        if not 0 < curvature_fraction <= 1:
+            raise ValueError(f"curvature_fraction must be in (0, 1], got {curvature_fraction!r}")
         if kl_clip is not None:
             check_positive("kl_clip", kl_clip)
         if not isinstance(first_order, Adam):
@@ -159,6 +166,7 @@ class NaturalGradient(torch.optim.Optimizer):
         self.model = model
         self.factor_every, self.basis_every = factor_every, basis_every
         self.factor_decay, self.kl_clip = factor_decay, kl_clip
+        self.curvature_fraction = curvature_fraction
         self.loss_reduction = loss_reduction
         self.first_order = first_order
         self.fisher = _make_fisher(fisher, likelihood, mc_samples, generator)
@@ -348,7 +356,9 @@ class NaturalGradient(torch.optim.Optimizer):
     def _listen(self) -> None:
         """Put the hooks on the model, in place of those there may be."""
         self.close()
-        self._capture = Capture(self.model, self._blocks, self.fisher, self.output)
+        self._capture = Capture(
+            self.model, self._blocks, self.fisher, self.output, self.curvature_fraction
+        )
         # With the optimizer's end, not the capture's: the graph of a loss that is kept holds that.
         weakref.finalize(self, self._capture.close)
         self._set_due()
@@ -616,6 +626,8 @@ class NaturalGradient(torch.optim.Optimizer):
             block.load_state_dict(learnt[index[first]])
         for name, value in own["settings"].items():
             setattr(self, name, value)
+        if self._capture is not None:
+            self._capture.fraction = self.curvature_fraction
         self._counters = dict(own["counters"])
         if isinstance(self.fisher, SampledFisher) and "generator" in own:
             self.fisher.generator.set_state(own["generator"].cpu())
