@@ -24,6 +24,9 @@ from torch.nn import functional as F
 # gone through in chunks, so that no patch matrix is ever held whole.
 CHUNK_ENTRIES = 2**20
 
+# Fewer rows than this, and adding a chunk to a wide layer's sums costs more than computing it.
+CHUNK_ROWS = 1024
+
 
 @dataclass
 class Sample:
@@ -165,7 +168,7 @@ class Layer(ABC):
         for group, examples in zip(together, counts, strict=True):
             positions = sum(g[0].numel() for _, g in group if len(g)) // (self.groups * self.d_out)
             entries = max(1, positions * max(self.d_in, self.d_out) * self.groups)
-            step = max(1, CHUNK_ENTRIES // entries)
+            step = max(1, CHUNK_ENTRIES // entries, CHUNK_ROWS // max(1, positions))
             for first in range(0, examples, step):
                 parts = [
                     self._rows(x, g, examples, first, min(first + step, examples)) for x, g in group
