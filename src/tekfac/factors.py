@@ -112,8 +112,8 @@ class KroneckerFactors(Factors):
         sums = self._take()
         if sums is None:
             return False
-        self.input = averaged(self.input, sums["input"] / examples, decay)
-        output = sums["output"] * (gradient_scale**2 / examples)
+        self.input = averaged(self.input, sums["input"].div_(examples), decay)
+        output = sums["output"].mul_(gradient_scale**2 / examples)
         self.output = averaged(self.output, output, decay)
         return True
 
@@ -150,19 +150,19 @@ class TraceRestrictedFactors(Factors):
         if sums is None:
             return False
         delta = sums["delta"][:, None, None]
-        self.input = self._normalised(self.input, sums["input"], delta, decay)
-        self.output = self._normalised(self.output, sums["output"], delta, decay)
+        divisor = torch.where(delta > 0, delta, 1)
+        past = torch.where(delta > 0, delta.new_full((), decay), 1)
+        for name in ("input", "output"):
+            new, old = sums[name].div_(divisor), getattr(self, name)
+            if old is None:
+                # Of a group without any gradient no direction is known to differ from another.
+                new.diagonal(dim1=1, dim2=2).add_((delta[:, 0] <= 0) / new.shape[-1])
+            else:
+                new.lerp_(old, past)
+            setattr(self, name, new)
         mean = sums["delta"] * (gradient_scale**2 / examples)
         self.delta = averaged(self.delta, mean, decay)
         return True
-
-    @staticmethod
-    def _normalised(old: Tensor | None, total: Tensor, delta: Tensor, decay: float) -> Tensor:
-        d = total.shape[-1]
-        isotropic = torch.eye(d, dtype=total.dtype, device=total.device).expand_as(total) / d
-        silent = isotropic if old is None else old
-        new = torch.where(delta > 0, total / torch.where(delta > 0, delta, 1), silent)
-        return averaged(old, new, decay)
 
     @property
     def coefficient(self) -> Tensor:

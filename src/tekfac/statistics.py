@@ -10,7 +10,6 @@ gradients ``g`` of shape ``(G, N, T, d_out)`` for ``N`` examples at ``T`` positi
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 # Entries of the per-example gradients held at once (4 MiB in float32).
@@ -52,8 +51,9 @@ def second_moment(rows: Tensor, weights: Tensor | float, total: Tensor | None = 
 
 
 def symmetric(upper: Tensor) -> Tensor:
-    """The symmetric matrices ``(..., d, d)`` with this upper triangle."""
-    return upper.triu() + upper.triu(1).mT
+    """The symmetric matrices ``(..., d, d)`` with this upper triangle, in place."""
+    upper.triu_()
+    return upper.add_(upper.triu(1).mT)
 
 
 def added(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
@@ -114,5 +114,5 @@ def carried_over(scale: Tensor, rotation_in: Tensor, rotation_out: Tensor) -> Te
 
 
 def averaged(old: Tensor | None, new: Tensor, decay: float) -> Tensor:
-    """Exponential moving average (paper, 3.6 to 3.8); the first value is taken whole."""
-    return new if old is None else torch.lerp(new, old, decay)
+    """Exponential moving average (3.6 to 3.8) in place of ``new``; the first is taken whole."""
+    return new if old is None else new.lerp_(old, decay)
