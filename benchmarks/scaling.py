@@ -3,9 +3,9 @@
     python -m benchmarks.scaling --out benchmarks
 
 One convolution and one linear layer; batch, positions, input width and output width are doubled in
-turn while the others stay. Time is processor time of the block alone (`observe` and `update`, no new basis),
-the best of several; memory is the most that torch's allocator held during it, beyond the sample
-itself. Slopes are fitted to the last three points, on logarithmic axes.
+turn while the others stay. Time is processor time of the block alone (`observe` and `update`, no
+new basis), the best of several; memory is the most that torch's allocator held during it, beyond
+the sample itself. Slopes are fitted to the last three points, on logarithmic axes.
 """
 
 from __future__ import annotations

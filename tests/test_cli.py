@@ -82,7 +82,7 @@ def test_options_reach_the_configuration() -> None:
     options += "--weight-decay 0.01 --damping 0.2 --fisher empirical --factor-every 3 "
     options += "--scale-every 4 --basis-every 5 --schedule step --step-every 1 --step-factor 0.5 "
     options += "--warmup 0.5 --width 8 --augment --precision bf16 --limit-train 40 "
-    options += "--first-order-lr 0.3 --out here"
+    options += "--first-order-lr 0.3 --hold-out 5 --out here"
     result = tekfac("train", *FAST, *options.split())
     assert result.exit_code == 0, result.output
     config = json.loads(Path("here", runs.CONFIG).read_text())
@@ -91,6 +91,7 @@ def test_options_reach_the_configuration() -> None:
         "image_size": None,
         "data_dir": None,
         "limit_train": 40,
+        "hold_out": 5,
         "augment": True,
         "network": "mlp",
         "width": 8,
@@ -112,6 +113,8 @@ def test_options_reach_the_configuration() -> None:
         "seed": 3,
         "device": "cpu",
         "precision": "bf16",
+        "compile": False,
+        "tensorboard": False,
         "threads": 1,
     }
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import math
 import re
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 from tekfac.experiments import networks, optimizers, runs
@@ -20,7 +23,7 @@ from tekfac.experiments.errors import Diverged, InputError
 from tekfac.experiments.metrics import EpochMetrics, epochs_to
 from tekfac.experiments.runs import RunFolder, write_atomically
 from tekfac.experiments.schedules import Schedule
-from tekfac.experiments.training import BatchProgress, Watcher, evaluate, fit
+from tekfac.experiments.training import BatchProgress, Training, Watcher, evaluate, fit
 
 # Intervals that divide neither an epoch's 4 batches nor one another.
 INTERVALS = {"factor_every": 3, "basis_every": 5}
@@ -170,11 +173,12 @@ def test_augmented_run_continues_exactly_and_is_another_run(tmp_path: Path, data
     assert numbers(tmp_path / "plain") != numbers(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("optimizer", ["sgd", "tekfac"])
-def test_run_in_bfloat16_is_near_the_run_in_float32_and_continues_exactly(
-    tmp_path: Path, data: Dataset, optimizer: str
+def test_run_in_16_bits_is_near_the_run_in_float32_and_continues_exactly(
+    tmp_path: Path, data: Dataset, optimizer: str, precision: str
 ) -> None:
-    config = configure(optimizer=optimizer, precision="bf16")
+    config = configure(optimizer=optimizer, precision=precision)
     run(tmp_path / "whole", config, data)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "parts", config, data, InterruptedAt(epoch=2, batch=3))
@@ -186,6 +190,128 @@ def test_run_in_bfloat16_is_near_the_run_in_float32_and_continues_exactly(
     assert float(coarse["train_loss"]) == pytest.approx(float(fine["train_loss"]), rel=0.05)
     parameters = checkpoint(tmp_path / "whole")["network"].values()
     assert {p.dtype for p in parameters if p.is_floating_point()} == {torch.float32}
+
+
+def test_loss_is_scaled_in_float16_alone(tmp_path: Path, data: Dataset) -> None:
+    scales = {}
+    for precision in ("fp32", "bf16", "fp16"):
+        run(tmp_path / precision, configure(precision=precision, epochs=1), data)
+        scales[precision] = checkpoint(tmp_path / precision)["scaler"].get("scale", 1)
+    assert scales["fp32"] == scales["bf16"] == 1
+    assert scales["fp16"] > 1000
+
+
+def test_steps_with_infinite_gradients_are_skipped_in_float16(
+    data: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = Training(configure(precision="fp16"), data)
+    training._scaler = torch.amp.GradScaler("cpu", init_scale=2.0**100)
+    before = {name: each.clone() for name, each in training.network.named_parameters()}
+    with pytest.warns(UserWarning, match="lr_scheduler"):
+        training.run_epoch(Watcher())
+    assert training._scaler.get_scale() == 2.0**96
+    assert_identical(before, dict(training.network.named_parameters()))
+
+
+def test_machine_without_float16(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refusing(*arguments: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("not implemented for 'Half'\nmore")
+
+    monkeypatch.setattr(torch, "conv2d", refusing)
+    message = (
+        "--precision fp16: torch cannot train in it on cpu of this machine (not implemented for "
+        "'Half'); use --device cuda, or --precision bf16 or fp32"
+    )
+    with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
+        configure(precision="fp16")
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_run_is_near_the_other_and_continues_exactly(
+    tmp_path: Path, data: Dataset
+) -> None:
+    config = configure(compile=True)
+    run(tmp_path / "whole", config, data)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "parts", config, data, InterruptedAt(epoch=2, batch=3))
+    torch._dynamo.reset()  # as a new process
+    resume(tmp_path / "parts", data)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    run(tmp_path / "plain", configure(), data)
+    compiled, plain = (numbers(tmp_path / name)[0] for name in ("whole", "plain"))
+    assert float(compiled["train_loss"]) == pytest.approx(float(plain["train_loss"]), rel=0.2)
+    assert checkpoint(tmp_path / "whole")["network"].keys() == (
+        checkpoint(tmp_path / "plain")["network"].keys()
+    )
+
+
+def test_network_that_cannot_be_compiled(
+    tmp_path: Path, data: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> None:
+        raise RuntimeError("no compiler\nmore")
+
+    original = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda module, dynamic: original(module, backend=failing))
+    with pytest.raises(InputError, match=r"--compile: torch cannot compile small here \(.*no com"):
+        run(tmp_path, configure(compile=True), data)
+    torch._dynamo.reset()
+
+
+def events(path: Path) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard shows of a run."""
+    accumulator = EventAccumulator(str(path / runs.EVENTS)).Reload()
+    return {
+        tag: [(event.step, event.value) for event in accumulator.Scalars(tag)]
+        for tag in accumulator.Tags()["scalars"]
+    }
+
+
+def test_tensorboard_shows_all_epochs_once(
+    tmp_path: Path, data: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configure(tensorboard=True)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, config, data, InterruptedAt(epoch=2, batch=3))
+    save_events = RunFolder.save_events
+
+    def killed(folder: RunFolder, history: list[EpochMetrics]) -> None:
+        if len(history) == 3:
+            raise KeyboardInterrupt
+        save_events(folder, history)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "save_events", killed)
+        with pytest.raises(KeyboardInterrupt):
+            resume(tmp_path, data)
+    assert [step for step, _ in events(tmp_path)["loss/test"]] == [1, 2]
+    resume(tmp_path, data)
+    shown = events(tmp_path)
+    for tag, column in (
+        ("loss/train", "train_loss"),
+        ("loss/test", "test_loss"),
+        ("accuracy/train", "train_accuracy"),
+        ("accuracy/test", "test_accuracy"),
+        ("learning rate", "lr"),
+    ):
+        assert [step for step, _ in shown[tag]] == [1, 2, 3]
+        expected = [float(row[column]) for row in numbers(tmp_path)]
+        assert [value for _, value in shown[tag]] == pytest.approx(expected)
+    files = sorted((tmp_path / runs.EVENTS).iterdir())
+    resume(tmp_path, data)
+    assert sorted((tmp_path / runs.EVENTS).iterdir()) == files
+
+
+def test_run_without_tensorboard_has_no_event_files(tmp_path: Path, data: Dataset) -> None:
+    run(tmp_path, configure(epochs=1), data)
+    assert not (tmp_path / runs.EVENTS).exists()
+
+
+def test_tensorboard_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    message = "--tensorboard: the package tensorboard is not installed: pip install 'tekfac[tensor"
+    with pytest.raises(InputError, match=re.escape(message)):
+        configure(tensorboard=True)
 
 
 def test_outputs_in_bfloat16_are_counted_exactly() -> None:
@@ -356,7 +482,7 @@ def test_run_folder_is_never_overwritten(tmp_path: Path, data: Dataset) -> None:
     assert_identical(before, checkpoint(tmp_path))
 
 
-@pytest.mark.parametrize("name", [runs.METRICS, runs.CURVES, runs.CHECKPOINT])
+@pytest.mark.parametrize("name", [runs.METRICS, runs.CURVES, runs.CHECKPOINT, runs.EVENTS])
 def test_folder_with_a_file_of_a_runs_name_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("mine")
     with pytest.raises(InputError, match=re.escape(f"already holds a run ({name})")):
@@ -453,9 +579,14 @@ def test_configuration_survives_json() -> None:
         ({"network": "net"}, "--network 'net' is unknown; there is: cnn, mlp"),
         ({"width": 0}, "--width must be 1 or more, got 0"),
         ({"limit_train": 0}, "--limit-train must be 1 or more, got 0"),
+        ({"hold_out": 0}, "--hold-out must be 1 or more, got 0"),
         ({"data_dir": "here"}, "--data-dir is for cifar10, cifar100, svhn, mnist, fashion-mnist; "),
         ({"optimizer": "adagrad"}, "--optimizer 'adagrad' is unknown; there is: sgd, adam"),
-        ({"precision": "fp8"}, "--precision 'fp8' is unknown; there is: fp32, bf16"),
+        ({"precision": "fp8"}, "--precision 'fp8' is unknown; there is: fp32, bf16, fp16"),
+        (
+            {"precision": "fp16", "optimizer": "tekfac", "settings": {"fisher": "empirical"}},
+            "--precision fp16 scales the loss, and --fisher empirical would measure the scaled one",
+        ),
         ({"device": "abacus"}, "--device 'abacus' is no device of torch"),
         (
             {"settings": {"scale_every": 3}},

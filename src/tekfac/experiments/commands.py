@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from enum import Enum
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -19,9 +20,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Column, Table
 
-from tekfac.experiments import comparison, options, presets
-from tekfac.experiments.config import PRECISIONS, Config, default_device, default_threads
-from tekfac.experiments.data import DATA_DIR, NAMED, Dataset
+from tekfac.experiments import comparison, options, presets, searching, theorem31
+from tekfac.experiments.config import PRECISIONS, Config, default_device, default_threads, held_out
+from tekfac.experiments.data import DATA_DIR, NAMED, Dataset, load
 from tekfac.experiments.downloads import DOWNLOADS
 from tekfac.experiments.errors import Diverged, InputError
 from tekfac.experiments.metrics import EpochMetrics, History
@@ -36,6 +37,14 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 RUNS = Path("runs")
+
+
+class Target(str, Enum):
+    """What `reproduce` knows."""
+
+    THEOREM31 = "theorem31"
+
+
 BAD_INPUT, FAILURE, INTERRUPTED = 2, 1, 130
 
 app = typer.Typer(
@@ -110,6 +119,14 @@ LimitTrain = Annotated[
     int | None,
     typer.Option(help="Train on the first so many images only.", rich_help_panel=TASK),
 ]
+HoldOut = Annotated[
+    int | None,
+    typer.Option(
+        help="Do not train on so many of the training images, and test on them in place of the "
+        "test images.",
+        rich_help_panel=TASK,
+    ),
+]
 Augment = Annotated[
     bool | None,
     typer.Option(
@@ -167,7 +184,15 @@ Precision = Annotated[
     str | None,
     typer.Option(
         help=f"{', '.join(PRECISIONS)}: what layers compute in; parameters are float32 in any "
-        f"case. (default: {Config.precision})",
+        f"case, and fp16 has its loss scaled. (default: {Config.precision})",
+        rich_help_panel=TASK,
+    ),
+]
+Compile = Annotated[
+    bool | None,
+    typer.Option(
+        "--compile/--no-compile",
+        help="Train with torch.compile's form of the network. (default: no)",
         rich_help_panel=TASK,
     ),
 ]
@@ -175,12 +200,31 @@ Threads = Annotated[
     int | None,
     typer.Option(help="CPU threads. (default: torch's, 1 for digits)", rich_help_panel=TASK),
 ]
+Seed = Annotated[
+    int | None,
+    typer.Option(
+        help="Fixes initial weights, data order, augmentation and sampled labels. (default: 0)",
+        rich_help_panel=TASK,
+    ),
+]
+Lr = Annotated[float | None, typer.Option(help="Learning rate.", rich_help_panel=METHOD)]
 Momentum = Annotated[float | None, typer.Option(rich_help_panel=METHOD)]
+Beta1 = Annotated[
+    float | None,
+    typer.Option("--beta1", help="Decay of Adam's mean of gradients.", rich_help_panel=METHOD),
+]
 WeightDecay = Annotated[float | None, typer.Option(rich_help_panel=METHOD)]
 Damping = Annotated[float | None, typer.Option(help="Constant damping λ.", rich_help_panel=METHOD)]
 Nu = Annotated[
     float | None,
     typer.Option(help="ν of trace damping (TKFAC, TEKFAC).", rich_help_panel=METHOD),
+]
+TensorBoard = Annotated[
+    bool | None,
+    typer.Option(
+        "--tensorboard/--no-tensorboard",
+        help="Write TensorBoard's event files, too, into run folders. (default: no)",
+    ),
 ]
 FirstOrderLr = Annotated[
     float | None,
@@ -206,6 +250,7 @@ TASK_OPTIONS = (
     "image_size",
     "data_dir",
     "limit_train",
+    "hold_out",
     "augment",
     "network",
     "width",
@@ -213,12 +258,15 @@ TASK_OPTIONS = (
     "batch_size",
     "device",
     "precision",
+    "compile",
+    "tensorboard",
     "threads",
 )
 SCHEDULE_OPTIONS = ("warmup", "step_every", "step_factor")
 SETTING_OPTIONS = (
     "lr",
     "momentum",
+    "beta1",
     "weight_decay",
     "damping",
     "nu",
@@ -233,6 +281,8 @@ SETTING_OPTIONS = (
 def run() -> None:
     """Run the command line; exits with the command's status."""
     warnings.showwarning = _show_warning
+    # Loss scaling may skip the very first step, on purpose.
+    warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
     app()
 
 
@@ -249,6 +299,7 @@ def train(
     image_size: ImageSize = None,
     data_dir: DataDir = None,
     limit_train: LimitTrain = None,
+    hold_out: HoldOut = None,
     augment: Augment = None,
     network: Network = None,
     width: Width = None,
@@ -260,16 +311,12 @@ def train(
     step_factor: StepFactor = None,
     device: Device = None,
     precision: Precision = None,
+    compile: Compile = None,
     threads: Threads = None,
-    seed: Annotated[
-        int | None,
-        typer.Option(
-            help="Fixes initial weights, data order, augmentation and sampled labels. (default: 0)",
-            rich_help_panel=TASK,
-        ),
-    ] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate.", rich_help_panel=METHOD)] = None,
+    seed: Seed = None,
+    lr: Lr = None,
     momentum: Momentum = None,
+    beta1: Beta1 = None,
     weight_decay: WeightDecay = None,
     damping: Damping = None,
     nu: Nu = None,
@@ -278,6 +325,7 @@ def train(
     scale_every: ScaleEvery = None,
     basis_every: BasisEvery = None,
     first_order_lr: FirstOrderLr = None,
+    tensorboard: TensorBoard = None,
     out: Annotated[
         Path | None,
         typer.Option(help="Run folder. (default: runs/DATA-NETWORK-OPTIMIZER-seedSEED)"),
@@ -336,7 +384,7 @@ def _train(folder: RunFolder, dataset: Dataset, epochs: int | None) -> None:
                 f"{folder.path}: {watcher.done}",
                 FAILURE,
             )
-    accuracy = f"test accuracy {100 * history[-1].test_accuracy:.2f} %"
+    accuracy = f"{folder.config.tested_on} accuracy {100 * history[-1].test_accuracy:.2f} %"
     if watcher.started:
         console.print(f"{accuracy} after {len(history)} epochs; run in {folder.path}")
     else:
@@ -362,6 +410,7 @@ def compare(
     image_size: ImageSize = None,
     data_dir: DataDir = None,
     limit_train: LimitTrain = None,
+    hold_out: HoldOut = None,
     augment: Augment = None,
     network: Network = None,
     width: Width = None,
@@ -373,6 +422,7 @@ def compare(
     step_factor: StepFactor = None,
     device: Device = None,
     precision: Precision = None,
+    compile: Compile = None,
     threads: Threads = None,
     lr: Annotated[
         list[str] | None,
@@ -383,6 +433,7 @@ def compare(
         ),
     ] = None,
     momentum: Momentum = None,
+    beta1: Beta1 = None,
     weight_decay: WeightDecay = None,
     damping: Damping = None,
     nu: Nu = None,
@@ -391,6 +442,7 @@ def compare(
     scale_every: ScaleEvery = None,
     basis_every: BasisEvery = None,
     first_order_lr: FirstOrderLr = None,
+    tensorboard: TensorBoard = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -433,11 +485,213 @@ def compare(
         title = f"{task}: mean and range of {seeds} seeds" if seeds > 1 else task
         comparison.save(outcomes, path, title, target)
         header, rows = comparison.table(outcomes, target)
-        table = Table(*(Column(title, no_wrap=True) for title in header), box=box.SIMPLE_HEAD)
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
+        _print_table(header, rows)
         console.print(f"picture, table and runs in {path}")
+
+
+@app.command()
+def search(
+    context: typer.Context,
+    optimizer: Annotated[
+        str | None,
+        typer.Option(help=f"{', '.join(METHODS)}. (default: {Config.optimizer})"),
+    ] = None,
+    grid: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SETTING=VALUE,...",
+            help="Values to try of one setting; may be repeated. (default: the paper's grids of "
+            "lr and of nu or damping, where they are not given as options)",
+        ),
+    ] = None,
+    trials: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Try a random part of the grid, of this size. (default: all of it)"
+        ),
+    ] = None,
+    prune: Annotated[
+        bool,
+        typer.Option(
+            help="Give a trial up when, after a third of its epochs or later, its best accuracy is "
+            "below the median of the finished trials' after as many epochs."
+        ),
+    ] = True,
+    preset: PresetName = None,
+    config_file: ConfigFile = None,
+    data: Data = None,
+    image_size: ImageSize = None,
+    data_dir: DataDir = None,
+    limit_train: LimitTrain = None,
+    hold_out: Annotated[
+        int | None,
+        typer.Option(
+            help="Training images that trials do not train on but are judged by. (default: "
+            f"{100 * searching.HELD_OUT_FRACTION:g} %)",
+            rich_help_panel=TASK,
+        ),
+    ] = None,
+    augment: Augment = None,
+    network: Network = None,
+    width: Width = None,
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
+    schedule: ScheduleName = None,
+    warmup: Warmup = None,
+    step_every: StepEvery = None,
+    step_factor: StepFactor = None,
+    device: Device = None,
+    precision: Precision = None,
+    compile: Compile = None,
+    threads: Threads = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            help="Fixes the part of the grid and its order, and of each trial initial weights, "
+            "data order, augmentation and sampled labels. (default: 0)",
+            rich_help_panel=TASK,
+        ),
+    ] = None,
+    lr: Lr = None,
+    momentum: Momentum = None,
+    beta1: Beta1 = None,
+    weight_decay: WeightDecay = None,
+    damping: Damping = None,
+    nu: Nu = None,
+    fisher: Fisher = None,
+    factor_every: FactorEvery = None,
+    scale_every: ScaleEvery = None,
+    basis_every: BasisEvery = None,
+    first_order_lr: FirstOrderLr = None,
+    tensorboard: TensorBoard = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of the search; one that it holds already is continued. (default: "
+            "runs/search-DATA-NETWORK-OPTIMIZER)"
+        ),
+    ] = None,
+) -> None:
+    """Search for an optimizer's best settings, judged by training images held out.
+
+    Interrupted, the same command goes on; started several times, it shares the work.
+    At the end it prints all trials, and the command to train with the best settings.
+    """
+    given = _given(context)
+    with _plain_errors():
+        plan, dataset = _plan(given, Config.optimizer if optimizer is None else optimizer)
+        plan.check(dataset)
+        name = f"search-{dataset.name}-{plan.base.network}-{plan.base.optimizer}"
+        path = RUNS / name if out is None else out
+        with Bar() as bar:
+            try:
+                work = searching.Search(path, plan, dataset, trials)
+                work.run(
+                    lambda number, total, point: bar.labelled(f"trial {number}/{total}, "),
+                    _print_trial,
+                )
+            except KeyboardInterrupt:
+                bar.close()
+                _fail("interrupted; the same command continues where it stopped", INTERRUPTED)
+        work.save_table()
+        _print_table(*work.table())
+        console.print(f"table and trials in {path}")
+        if not work.complete:
+            console.print(
+                "Other processes are at work on the last trials; the last to end them has"
+                " the whole table."
+            )
+            return
+        best = shlex.join(["tekfac", "train", *_arguments(work.best())])
+        console.print(f"The best settings, on all training images:\n  {best}", soft_wrap=True)
+
+
+def _plan(given: Mapping[str, Any], optimizer: str) -> tuple[searching.Plan, Dataset]:
+    """What ``search`` is to try, and the data for it, some of them held out."""
+    fixed = {key: given[key] for key in SETTING_OPTIONS if key in given}
+    grid = searching.read_grid(given.get("grid", []), optimizer)
+    if both := sorted(fixed.keys() & grid.keys()):
+        raise InputError(f"--{both[0].replace('_', '-')} is in the --grid too: give one")
+    grid = {**searching.paper_grid(optimizer, {**fixed, **grid}), **grid}
+    first = {key: values[0] for key, values in grid.items()}
+    base = _config(given, optimizer, {**fixed, **first})
+    dataset = base.load_data()
+    if base.hold_out is None:
+        count = max(1, round(searching.HELD_OUT_FRACTION * len(dataset.y_train)))
+        base, dataset = replace(base, hold_out=count), held_out(dataset, count)
+    return searching.Plan(base, grid, given["prune"]), dataset
+
+
+def _print_trial(result: searching.Result) -> None:
+    settings = ", ".join(f"{key} {value}" for key, value in result.settings.items())
+    line = f"{settings}: {result.outcome.value}"
+    if result.metrics is not None:
+        accuracy = f"{100 * result.metrics.test_accuracy:.2f} %"
+        line += f" after epoch {result.metrics.epoch}, held-out accuracy {accuracy}"
+    if result.reason is not None:
+        line += f", {result.reason}"
+    console.print(line, soft_wrap=True)
+
+
+def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    table = Table(*(Column(title, no_wrap=True) for title in header), box=box.SIMPLE_HEAD)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def _arguments(config: Config) -> list[str]:
+    """The options of ``train`` for a configuration, without those that have their default."""
+    method = METHODS[config.optimizer]
+    values = {key: getattr(config, key) for key in TASK_OPTIONS}
+    defaults = {key: getattr(Config, key) for key in TASK_OPTIONS}
+    # Defaults that the machine or other options decide.
+    defaults.update(device=None, threads=None, augment=None, width=NETWORKS[config.network].width)
+    values.update(seed=config.seed, schedule=config.schedule.name, **config.settings)
+    defaults.update(seed=Config.seed, schedule=Schedule.name, **method.defaults)
+    values.update({key: getattr(config.schedule, key) for key in SCHEDULE_OPTIONS})
+    defaults.update({key: getattr(Schedule, key) for key in SCHEDULE_OPTIONS})
+    arguments = ["--optimizer", config.optimizer]
+    for key, value in values.items():
+        option = key.replace("_", "-")
+        if value is None or value == defaults.get(key):
+            continue
+        if isinstance(value, bool):
+            arguments.append(f"--{option}" if value else f"--no-{option}")
+        else:
+            arguments += [f"--{option}", str(value)]
+    return arguments
+
+
+@app.command()
+def reproduce(
+    target: Annotated[
+        Target, typer.Argument(help="theorem31: distances to the Fisher matrix (Theorem 3.1).")
+    ],
+    scale: Annotated[
+        str, typer.Option(help=f"How much is measured: {', '.join(theorem31.SCALES)}.")
+    ] = "small",
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for table and picture.  (default: results/TARGET)")
+    ] = None,
+) -> None:
+    """Run one of the paper's experiments again; print its table and draw its picture."""
+    with _plain_errors():
+        if scale not in theorem31.SCALES:
+            raise InputError(f"--scale {scale!r} is unknown; there is: {list(theorem31.SCALES)}")
+        path = Path("results") / target.value if out is None else out
+        chosen = theorem31.SCALES[scale]
+        distances = theorem31.run(chosen, load("digits"), console.print)
+        title = (
+            f"digits, cnn of width {chosen.width}: distance to the exact Fisher block, "
+            f"{chosen.examples} examples"
+        )
+        theorem31.save(distances, path, title)
+        console.print(theorem31.markdown(distances))
+        for better, worse in (("TEKFAC", "TKFAC"), ("EKFAC", "KFAC")):
+            ratio = theorem31.worst_ratio(distances, better, worse)
+            console.print(f"{better}'s error is at most {ratio:.4f} times {worse}'s")
+        console.print(f"table and picture in {path}")
 
 
 class Interruption:
@@ -499,7 +753,11 @@ class Bar(Watcher):
 
     def for_run(self, config: Config) -> Self:
         """This bar, labelled for a run of a comparison."""
-        self._label = f"{METHODS[config.optimizer].label}, seed {config.seed}, "
+        return self.labelled(f"{METHODS[config.optimizer].label}, seed {config.seed}, ")
+
+    def labelled(self, label: str) -> Self:
+        """This bar, with a label in front for the next run."""
+        self._label = label
         return self
 
     def on_start(self, config: Config, history: History, batches: int) -> None:
@@ -538,7 +796,8 @@ class EpochLines(Bar):
         settings = ", ".join(f"{key} {value}" for key, value in config.settings.items())
         console.print(f"{METHODS[config.optimizer].label} ({settings})")
         console.print(f"{config.data}, {config.network}, seed {config.seed}, on {config.device}")
-        console.print("epoch   training loss  accuracy      test loss  accuracy    seconds")
+        test_loss = f"{config.tested_on} loss"
+        console.print(f"epoch   training loss  accuracy  {test_loss:>13}  accuracy    seconds")
 
     def on_epoch(self, metrics: EpochMetrics) -> None:
         super().on_epoch(metrics)

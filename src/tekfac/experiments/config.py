@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ from tekfac.experiments.data import Dataset
 from tekfac.experiments.errors import InputError
 from tekfac.experiments.schedules import Schedule
 
-# Types that layers may compute in. The range of bfloat16 is float32's: no loss scaling is needed.
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# Types that layers may compute in. The range of bfloat16 is float32's; that of float16 is so small
+# that the loss must be scaled.
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,9 @@ class Config:
             other data.
         limit_train: the number of training images, the first ones, to which a reduced run is
             limited; None for all.
+        hold_out: the number of training images, drawn at random but the same for all seeds, that
+            are not trained on and stand in for the test images, which then nothing is evaluated
+            on; None for a run on all, tested on the test images.
         augment: whether training images are cropped and flipped at random; None takes what the
             paper does with the data set, and is recorded as that.
         network: a name of ``networks.NETWORKS``.
@@ -42,7 +47,10 @@ class Config:
         seed: fixes initial weights, data order, augmentation and sampled labels.
         device: where torch is to compute, e.g. ``"cpu"`` or ``"cuda"``.
         precision: a name of ``PRECISIONS``: what layers compute in, by ``torch.autocast``.
-            Parameters, and the optimizer's state, are float32 in any case.
+            Parameters, and the optimizer's state, are float32 in any case. With ``"fp16"`` the
+            loss is scaled for the backward pass, and steps with infinite gradients are skipped.
+        compile: whether training steps use ``torch.compile``'s form of the network.
+        tensorboard: whether the metrics are written to TensorBoard's event files, too.
         threads: CPU threads for torch. Sums come out differently in their last bits with another
             number, so that it is part of what makes a run repeatable.
 
@@ -54,6 +62,7 @@ class Config:
     image_size: int | None = None
     data_dir: str | None = None
     limit_train: int | None = None
+    hold_out: int | None = None
     augment: bool | None = None
     network: str = "cnn"
     width: int | None = None
@@ -65,10 +74,19 @@ class Config:
     seed: int = 0
     device: str = "cpu"
     precision: str = "fp32"
+    compile: bool = False
+    tensorboard: bool = False
     threads: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "image_size", "limit_train", "threads"):
+        for name in (
+            "epochs",
+            "batch_size",
+            "image_size",
+            "limit_train",
+            "hold_out",
+            "threads",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"--{name.replace('_', '-')} must be 1 or more, got {value}")
@@ -77,6 +95,11 @@ class Config:
             raise InputError(
                 f"--precision {self.precision!r} is unknown; there is: {', '.join(PRECISIONS)}"
             )
+        if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
+            raise InputError(
+                "--tensorboard: the package tensorboard is not installed: "
+                "pip install 'tekfac[tensorboard]'"
+            )
         # Frozen as the instance is, these are its first values, not changes.
         object.__setattr__(self, "data", data.canonical_source(self.data))
         object.__setattr__(self, "data_dir", data.canonical_data_dir(self.data, self.data_dir))
@@ -84,6 +107,13 @@ class Config:
             object.__setattr__(self, "augment", data.augments(self.data))
         object.__setattr__(self, "width", networks.resolve_width(self.network, self.width))
         object.__setattr__(self, "settings", optimizers.resolve(self.optimizer, self.settings))
+        if self.precision == "fp16":
+            _check_half_precision(self.device)
+            if self.settings.get("fisher") == "empirical":
+                raise InputError(
+                    "--precision fp16 scales the loss, and --fisher empirical would measure the "
+                    "scaled one: take --fisher mc or exact, or --precision bf16"
+                )
 
     @property
     def name(self) -> str:
@@ -91,14 +121,21 @@ class Config:
         source = data.source_name(self.data)
         return f"{source}-{self.network}-{self.optimizer}-seed{self.seed}"
 
+    @property
+    def tested_on(self) -> str:
+        """What the numbers of a test are about, in a word: ``"test"`` or ``"held-out"`` images."""
+        return "test" if self.hold_out is None else "held-out"
+
     def load_data(self) -> Dataset:
         """The data set, downloaded if need be, with as many training images as are wanted.
 
         Raises:
             InputError: if the data cannot be read or had, or do not fit together.
         """
-        whole = data.load(self.data, self.image_size, self.data_dir)
-        return whole if self.limit_train is None else whole.first(self.limit_train)
+        images = data.load(self.data, self.image_size, self.data_dir)
+        if self.limit_train is not None:
+            images = images.first(self.limit_train)
+        return images if self.hold_out is None else held_out(images, self.hold_out)
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as JSON can hold it."""
@@ -117,6 +154,31 @@ class Config:
             raise InputError(f"not a run's configuration: {error}") from error
 
 
+def held_out(images: Dataset, count: int) -> Dataset:
+    """The data with ``count`` training images in place of the test images.
+
+    They are drawn with a fixed seed: data may come in order, class by class. Classes, mean and
+    deviation stay as they are, so that the task does.
+
+    Raises:
+        InputError: if none would be left to train on.
+    """
+    total = len(images.y_train)
+    if count >= total:
+        raise InputError(
+            f"--hold-out {count} leaves nothing to train on: there are {total} training images"
+        )
+    generator = torch.Generator().manual_seed(data.SPLIT_SEED)
+    test, train = torch.randperm(total, generator=generator).split([count, total - count])
+    return replace(
+        images,
+        x_train=images.x_train[train],
+        y_train=images.y_train[train],
+        x_test=images.x_train[test],
+        y_test=images.y_train[test],
+    )
+
+
 def default_device() -> str:
     """``"cuda"`` where there is one, or else ``"cpu"``."""
     return "cuda" if torch.cuda.is_available() else "cpu"
@@ -129,6 +191,20 @@ def default_threads(source: str) -> int:
     than they save; on a machine busy with other work ten times as much.
     """
     return 1 if source in data.EMBEDDED else torch.get_num_threads()
+
+
+def _check_half_precision(device: str) -> None:
+    """Raise if a layer cannot be trained in float16 there: torch lacks kernels for some CPUs."""
+    image = torch.zeros(1, 1, 3, 3, device=device, requires_grad=True)
+    kernel = torch.zeros(1, 1, 3, 3, device=device)
+    try:
+        with torch.autocast(torch.device(device).type, torch.float16):
+            torch.conv2d(image, kernel).sum().backward()
+    except RuntimeError as error:
+        raise InputError(
+            f"--precision fp16: torch cannot train in it on {device} of this machine "
+            f"({str(error).splitlines()[0]}); use --device cuda, or --precision bf16 or fp32"
+        ) from error
 
 
 def _check_device(device: str) -> None:

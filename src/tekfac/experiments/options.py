@@ -50,7 +50,7 @@ def read(path: Path, known: Collection[str], repeatable: Collection[str]) -> dic
 def _parts(value: object) -> list[str]:
     """A value's parts as text: of a mapping ``name=value``, of a list its items, else itself."""
     if isinstance(value, Mapping):
-        return [f"{name}={each}" for name, each in value.items()]
+        return [f"{name}={','.join(_parts(each))}" for name, each in value.items()]
     if isinstance(value, list):
         return [str(each) for each in value]
     return [str(value)]

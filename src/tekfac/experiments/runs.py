@@ -1,8 +1,8 @@
 """Run folders: configuration, metrics, curves and checkpoint of one run on disk.
 
 The checkpoint is the run: it holds the metrics of all epochs too, and is replaced in one move.
-``metrics.csv`` and ``curves.png`` are made from it, so that they can always be brought up to date
-after a crash between two writes.
+``metrics.csv``, ``curves.png`` and TensorBoard's event files are made from it, so that they can
+always be brought up to date after a crash between two writes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 from filelock import FileLock, Timeout
@@ -26,11 +26,19 @@ from tekfac.experiments.config import Config
 from tekfac.experiments.errors import InputError
 from tekfac.experiments.metrics import EpochMetrics, History
 
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
 CONFIG = "config.json"
 METRICS = "metrics.csv"
 CURVES = "curves.png"
 CHECKPOINT = "checkpoint.pt"
+EVENTS = "tensorboard"
 LOCK = ".lock"
+
+
+class Busy(InputError):
+    """Another process is at work in a run's folder."""
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
@@ -69,13 +77,16 @@ class RunFolder:
         self.path = path
         self.config = config
         self._lock = lock
+        self._events: SummaryWriter | None = None
+        self._epochs_in_events = 0
 
     @classmethod
     def create(cls, path: Path, config: Config) -> RunFolder:
         """Begin a run in ``path``, which is made if need be and must not hold a run.
 
         Raises:
-            InputError: if it holds a run, or another process is at work in it.
+            InputError: if it holds a run.
+            Busy: if another process is at work in it.
         """
         _refuse_taken(path)
         path.mkdir(parents=True, exist_ok=True)
@@ -107,8 +118,8 @@ class RunFolder:
         """Open the run in ``path`` to look at it or continue it.
 
         Raises:
-            InputError: if there is no run, its configuration cannot be read, or another process
-                is at work in it.
+            InputError: if there is no run, or its configuration cannot be read.
+            Busy: if another process is at work in it.
         """
         if not (path / CONFIG).is_file():
             raise InputError(f"{path} holds no run: there is no {CONFIG} in it")
@@ -121,7 +132,11 @@ class RunFolder:
 
     def close(self) -> None:
         """Let other processes have the folder."""
-        self._lock.release()
+        try:
+            if self._events is not None:
+                self._events.close()
+        finally:
+            self._lock.release()
 
     def __enter__(self) -> RunFolder:
         return self
@@ -178,6 +193,10 @@ class RunFolder:
             raise InputError(f"{path} is not a run's checkpoint")
         return state
 
+    def drop_checkpoint(self) -> None:
+        """Free the space of a run that will never be continued; its metrics stay."""
+        (self.path / CHECKPOINT).unlink(missing_ok=True)
+
     def save_metrics(self, history: History) -> None:
         """Bring ``metrics.csv`` up to date with the checkpoint."""
         if not self._is_stale(METRICS):
@@ -189,6 +208,21 @@ class RunFolder:
         writer.writerows(dataclasses.asdict(metrics) for metrics in history)
         write_atomically(self.path / METRICS, lambda file: file.write(text.getvalue().encode()))
 
+    def save_events(self, history: History) -> None:
+        """Bring TensorBoard's event files up to date with the checkpoint, if the run has any."""
+        if not self.config.tensorboard or not self._is_stale(EVENTS):
+            return
+        if self._events is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # In place of the epochs from 1 on in older files, which may not be all that were done.
+            self._events = SummaryWriter(self.path / EVENTS, purge_step=1)
+        for metrics in history[self._epochs_in_events :]:
+            for tag, value in _scalars(metrics).items():
+                self._events.add_scalar(tag, value, metrics.epoch)
+        self._epochs_in_events = len(history)
+        self._events.flush()
+
     def save_curves(self, history: History) -> None:
         """Bring ``curves.png`` up to date with the checkpoint; of no epochs there is none."""
         if not history or not self._is_stale(CURVES):
@@ -198,16 +232,29 @@ class RunFolder:
 
     def _is_stale(self, name: str) -> bool:
         path = self.path / name
-        made_from = (self.path / CHECKPOINT).stat().st_mtime_ns
-        return not path.exists() or path.stat().st_mtime_ns < made_from
+        files = path.iterdir() if path.is_dir() else [path] if path.exists() else []
+        made = max((file.stat().st_mtime_ns for file in files), default=0)
+        return made < (self.path / CHECKPOINT).stat().st_mtime_ns
 
     def _save_config(self) -> None:
         text = json.dumps(self.config.to_dict(), indent=2) + "\n"
         write_atomically(self.path / CONFIG, lambda file: file.write(text.encode()))
 
 
+def _scalars(metrics: EpochMetrics) -> dict[str, float]:
+    """An epoch's numbers by TensorBoard's tags."""
+    return {
+        "loss/train": metrics.train_loss,
+        "loss/test": metrics.test_loss,
+        "accuracy/train": metrics.train_accuracy,
+        "accuracy/test": metrics.test_accuracy,
+        "learning rate": metrics.lr,
+        "seconds": metrics.seconds,
+    }
+
+
 def _refuse_taken(path: Path) -> None:
-    for name in (CONFIG, METRICS, CURVES, CHECKPOINT):
+    for name in (CONFIG, METRICS, CURVES, CHECKPOINT, EVENTS):
         if (path / name).exists():
             raise InputError(
                 f"{path} already holds a run ({name}), which is never overwritten: give another "
@@ -220,7 +267,7 @@ def _lock(path: Path) -> FileLock:
     try:
         lock.acquire()
     except Timeout as error:
-        raise InputError(f"another process is at work in {path}; wait for it to end") from error
+        raise Busy(f"another process is at work in {path}; wait for it to end") from error
     return lock
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -79,6 +80,11 @@ class Training:
         # Built on the CPU: the same seed then means the same weights on every device.
         self.network = networks.build(config.network, data.image_shape, data.classes, config.width)
         self.network.to(config.device)
+        # A form for each size of batch, full or last: one for all sizes would come into use at some
+        # time of a session, and a resumed run then differ in its last bits.
+        self._compiled = (
+            torch.compile(self.network, dynamic=False) if config.compile else self.network
+        )
         self._order = torch.Generator().manual_seed(config.seed)
         self._augmentation = torch.Generator(config.device)
         self._augmentation.manual_seed(config.seed + AUGMENTATION_SEED)
@@ -87,6 +93,9 @@ class Training:
             self.network,
             config.settings,
             torch.Generator(config.device).manual_seed(config.seed),
+        )
+        self._scaler = torch.amp.GradScaler(
+            torch.device(config.device).type, enabled=config.precision == "fp16"
         )
         self._scheduler = LambdaLR(
             self.optimizer,
@@ -137,9 +146,9 @@ class Training:
                 x = crop_and_flip(x, self._augmentation)
             self.optimizer.zero_grad()
             with self._autocast():
-                output = self.network(self._data.standardised(x))
+                output = self._forward(self._data.standardised(x))
                 loss = F.cross_entropy(output, y)
-            loss.backward()
+            self._scaler.scale(loss).backward()
             # One transfer from the device, not two.
             mean_loss, correct = torch.stack([loss.detach(), _correct(output, y)]).tolist()
             if not math.isfinite(mean_loss):
@@ -147,7 +156,8 @@ class Training:
                     f"the training loss became {mean_loss} in epoch {epoch}, batch {batch}"
                 )
             lr = self.optimizer.param_groups[0]["lr"]
-            self.optimizer.step()
+            self._scaler.step(self.optimizer)
+            self._scaler.update()
             self._scheduler.step()
             seen += len(y)
             loss_sum += mean_loss * len(y)
@@ -166,6 +176,17 @@ class Training:
             torch.cuda.synchronize(labels.device)
         return loss_sum / seen, correct_sum / seen, lr
 
+    def _forward(self, x: Tensor) -> Tensor:
+        try:
+            output: Tensor = self._compiled(x)
+        except TorchDynamoException as error:
+            reason = " ".join(str(error).split("\n")[:2]).strip()
+            raise InputError(
+                f"--compile: torch cannot compile {self.config.network} here ({reason}): begin a "
+                "new run without it"
+            ) from error
+        return output
+
     def _autocast(self) -> torch.autocast:
         """Layers compute in the configuration's precision; parameters stay in float32."""
         precision = PRECISIONS[self.config.precision]
@@ -180,6 +201,7 @@ class Training:
             "network": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self._scheduler.state_dict(),
+            "scaler": self._scaler.state_dict(),
             "order_rng": self._order.get_state(),
             "augmentation_rng": self._augmentation.get_state(),
             "torch_rng": torch.get_rng_state(),
@@ -192,6 +214,7 @@ class Training:
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
         self._scheduler.load_state_dict(state["scheduler"])
+        self._scaler.load_state_dict(state["scaler"])
         self._order.set_state(state["order_rng"])
         self._augmentation.set_state(state["augmentation_rng"])
         torch.set_rng_state(state["torch_rng"])
@@ -211,9 +234,9 @@ def check(config: Config, data: Dataset) -> None:
 def fit(folder: RunFolder, data: Dataset, watcher: Watcher, epochs: int | None = None) -> History:
     """Carry a run through to its end, from the start or from its checkpoint.
 
-    After each epoch the checkpoint and ``metrics.csv`` are replaced; the curves are drawn at the
-    end, also when training ends early by an error or an interruption. A finished run is left as it
-    is.
+    After each epoch the checkpoint and ``metrics.csv`` are replaced, and TensorBoard's files, if
+    the run has any, added to. The curves are drawn at the end, also when training ends early by an
+    error or an interruption. A finished run is left as it is.
 
     Args:
         folder: the run.
@@ -225,8 +248,8 @@ def fit(folder: RunFolder, data: Dataset, watcher: Watcher, epochs: int | None =
         The metrics of all epochs.
 
     Raises:
-        InputError: if the parts cannot be built, the checkpoint does not fit, or the number of
-            epochs cannot be changed.
+        InputError: if the parts cannot be built or compiled, the checkpoint does not fit, or the
+            number of epochs cannot be changed.
         Diverged: if the training loss is not finite; the last epoch's checkpoint stays.
     """
     digest = data.digest()
@@ -252,10 +275,12 @@ def fit(folder: RunFolder, data: Dataset, watcher: Watcher, epochs: int | None =
                 metrics = training.run_epoch(watcher)
                 folder.save_checkpoint({"data_digest": digest, **training.state_dict()})
                 folder.save_metrics(history)
+                folder.save_events(history)
                 watcher.on_epoch(metrics)
     finally:
         folder.save_curves(history)
     folder.save_metrics(history)
+    folder.save_events(history)
     return history
 
 
