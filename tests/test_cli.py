@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import shutil
@@ -15,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from typer.testing import CliRunner, Result
 
+from command import rows, tekfac, workplace
 from tekfac import cli
 from tekfac.experiments import commands, comparison, plots, presets, runs, training
 from tekfac.experiments.metrics import EpochMetrics
@@ -26,31 +25,7 @@ FAST += ["--device", "cpu", "--threads", "1"]
 COMPARE = ["compare", "--data", "small.npz", "--network", "mlp"]
 COMPARE += ["--device", "cpu", "--threads", "1"]
 
-
-@pytest.fixture(autouse=True)
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder with a small data set in it, as the current folder."""
-    rng = np.random.default_rng(0)
-    labels = np.arange(90) % 3
-    images = rng.normal(size=(90, 6, 6)) + labels[:, None, None]
-    np.savez(
-        tmp_path / "small.npz",
-        x_train=images[:60],
-        y_train=labels[:60],
-        x_test=images[60:],
-        y_test=labels[60:],
-    )
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def tekfac(*arguments: str) -> Result:
-    return CliRunner().invoke(commands.app, list(arguments))
-
-
-def rows(path: Path) -> list[dict[str, str]]:
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
+pytestmark = pytest.mark.usefixtures(workplace.__name__)
 
 
 def test_train_without_options_learns_the_digits() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import re
@@ -16,12 +15,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
-from typer.testing import CliRunner, Result
 
+from command import rows, tekfac, workplace
 from tekfac.experiments import commands, runs, searching, training
 from tekfac.experiments.config import Config, held_out
 from tekfac.experiments.data import Dataset, load
@@ -33,31 +31,7 @@ from tekfac.experiments.training import BatchProgress, Watcher
 TASK = ["--data", "small.npz", "--network", "mlp", "--device", "cpu", "--threads", "1"]
 SEARCH = ["search", *TASK, "--optimizer", "sgd", "--hold-out", "15", "--out", "s"]
 
-
-@pytest.fixture(autouse=True)
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder with a small data set in it, as the current folder."""
-    rng = np.random.default_rng(0)
-    labels = np.arange(90) % 3
-    images = rng.normal(size=(90, 6, 6)) + labels[:, None, None]
-    np.savez(
-        tmp_path / "small.npz",
-        x_train=images[:60],
-        y_train=labels[:60],
-        x_test=images[60:],
-        y_test=labels[60:],
-    )
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def tekfac(*arguments: str) -> Result:
-    return CliRunner().invoke(commands.app, list(arguments))
-
-
-def rows(path: Path) -> list[dict[str, str]]:
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
+pytestmark = pytest.mark.usefixtures(workplace.__name__)
 
 
 def plan(grid: Mapping[str, Any], prune: bool = True, **changes: Any) -> Plan:

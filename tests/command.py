@@ -1,0 +1,38 @@
+"""What tests of the ``tekfac`` command share: a folder to work in, the command, its tables."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner, Result
+
+from tekfac.experiments import commands
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder with a small data set in it, as the current folder."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(90) % 3
+    images = rng.normal(size=(90, 6, 6)) + labels[:, None, None]
+    np.savez(
+        tmp_path / "small.npz",
+        x_train=images[:60],
+        y_train=labels[:60],
+        x_test=images[60:],
+        y_test=labels[60:],
+    )
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def tekfac(*arguments: str) -> Result:
+    return CliRunner().invoke(commands.app, list(arguments))
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
