@@ -21,7 +21,7 @@ from torch import nn
 
 from command import rows, tekfac, workplace
 from tekfac.experiments import commands, runs, searching, training
-from tekfac.experiments.config import Config, held_out
+from tekfac.experiments.config import Config
 from tekfac.experiments.data import Dataset, load
 from tekfac.experiments.errors import InputError
 from tekfac.experiments.metrics import EpochMetrics
@@ -185,18 +185,18 @@ def test_test_images_are_never_looked_at(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_images_held_out_are_a_fixed_random_part() -> None:
     whole = load("small.npz")
-    data = held_out(whole, 15)
+    data = whole.hold_out(15)
     parts = torch.cat([data.x_train, data.x_test])
     order = [int((whole.x_train == image).flatten(1).all(1).nonzero()) for image in parts]
     assert sorted(order) == list(range(60))
     assert order != list(range(60))
     assert torch.equal(torch.cat([data.y_train, data.y_test]), whole.y_train[order])
     assert torch.equal(data.mean, whole.mean)
-    assert torch.equal(held_out(whole, 15).x_test, data.x_test)
+    assert torch.equal(whole.hold_out(15).x_test, data.x_test)
     limited = Config(data="small.npz", limit_train=30, hold_out=10).load_data()
     assert (len(limited.y_train), len(limited.y_test)) == (20, 10)
     with pytest.raises(InputError, match="--hold-out 60 leaves nothing to train on: there are 60"):
-        held_out(whole, 60)
+        whole.hold_out(60)
 
 
 def test_run_with_images_held_out_says_so() -> None:
@@ -382,7 +382,7 @@ def test_another_search_is_not_mixed_in() -> None:
     ):
         with pytest.raises(InputError, match=re.escape(f"s holds another search, {difference}")):
             search(other)
-    data = held_out(load("small.npz"), 15)
+    data = load("small.npz").hold_out(15)
     data.x_train[0] += 1
     with pytest.raises(InputError, match="s holds another search, data_digest"):
         Search(Path("s"), plan({"lr": [0.05]}), data)

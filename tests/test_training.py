@@ -20,8 +20,9 @@ from tekfac.experiments import networks, optimizers, runs
 from tekfac.experiments.config import Config
 from tekfac.experiments.data import Dataset, load
 from tekfac.experiments.errors import Diverged, InputError
+from tekfac.experiments.files import write_atomically
 from tekfac.experiments.metrics import EpochMetrics, epochs_to
-from tekfac.experiments.runs import RunFolder, write_atomically
+from tekfac.experiments.runs import RunFolder
 from tekfac.experiments.schedules import Schedule
 from tekfac.experiments.training import BatchProgress, Training, Watcher, evaluate, fit
 

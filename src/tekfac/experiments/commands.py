@@ -21,7 +21,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Column, Table
 
 from tekfac.experiments import comparison, options, presets, searching, theorem31
-from tekfac.experiments.config import PRECISIONS, Config, default_device, default_threads, held_out
+from tekfac.experiments.config import PRECISIONS, Config, default_device, default_threads
 from tekfac.experiments.data import DATA_DIR, NAMED, Dataset, load
 from tekfac.experiments.downloads import DOWNLOADS
 from tekfac.experiments.errors import Diverged, InputError
@@ -618,7 +618,7 @@ def _plan(given: Mapping[str, Any], optimizer: str) -> tuple[searching.Plan, Dat
     dataset = base.load_data()
     if base.hold_out is None:
         count = max(1, round(searching.HELD_OUT_FRACTION * len(dataset.y_train)))
-        base, dataset = replace(base, hold_out=count), held_out(dataset, count)
+        base, dataset = replace(base, hold_out=count), dataset.hold_out(count)
     return searching.Plan(base, grid, given["prune"]), dataset
 
 
@@ -687,7 +687,7 @@ def reproduce(
             f"{chosen.examples} examples"
         )
         theorem31.save(distances, path, title)
-        console.print(theorem31.markdown(distances))
+        console.print(theorem31.table(distances))
         for better, worse in (("TEKFAC", "TKFAC"), ("EKFAC", "KFAC")):
             ratio = theorem31.worst_ratio(distances, better, worse)
             console.print(f"{better}'s error is at most {ratio:.4f} times {worse}'s")

@@ -6,8 +6,6 @@ interrupted comparison goes on where it stopped and an extended one reuses what 
 
 from __future__ import annotations
 
-import csv
-import io
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,9 +15,10 @@ from tekfac.experiments import plots
 from tekfac.experiments.config import Config
 from tekfac.experiments.data import Dataset
 from tekfac.experiments.errors import Diverged, InputError
+from tekfac.experiments.files import markdown, write_csv, write_figure, write_text
 from tekfac.experiments.metrics import History, epochs_to
 from tekfac.experiments.optimizers import METHODS
-from tekfac.experiments.runs import CONFIG, RunFolder, write_atomically
+from tekfac.experiments.runs import CONFIG, RunFolder
 from tekfac.experiments.training import Watcher, fit
 
 PICTURE = "compare.png"
@@ -145,21 +144,10 @@ def _mean_and_deviation(values: Sequence[float], digits: int = 2) -> str:
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
 def save(outcomes: Sequence[Outcome], path: Path, title: str, target: float) -> None:
     """Write the picture and the table, as Markdown and as CSV, into a folder."""
     header, rows = table(outcomes, target)
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([header, *rows])
     histories = {METHODS[outcome.method].label: outcome.histories for outcome in outcomes}
-    figure = plots.comparison_figure(histories, title, target)
-    write_atomically(path / PICTURE, lambda file: figure.savefig(file, format="png"))
-    write_atomically(
-        path / TABLE_MARKDOWN, lambda file: file.write(markdown(header, rows).encode())
-    )
-    write_atomically(path / TABLE_CSV, lambda file: file.write(text.getvalue().encode()))
+    write_figure(path / PICTURE, plots.comparison_figure(histories, title, target))
+    write_text(path / TABLE_MARKDOWN, markdown(header, rows))
+    write_csv(path / TABLE_CSV, header, rows)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -135,7 +135,7 @@ class Config:
         images = data.load(self.data, self.image_size, self.data_dir)
         if self.limit_train is not None:
             images = images.first(self.limit_train)
-        return images if self.hold_out is None else held_out(images, self.hold_out)
+        return images if self.hold_out is None else images.hold_out(self.hold_out)
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as JSON can hold it."""
@@ -152,31 +152,6 @@ class Config:
             return cls(**{**values, "schedule": Schedule(**values["schedule"])})
         except (KeyError, TypeError) as error:
             raise InputError(f"not a run's configuration: {error}") from error
-
-
-def held_out(images: Dataset, count: int) -> Dataset:
-    """The data with ``count`` training images in place of the test images.
-
-    They are drawn with a fixed seed: data may come in order, class by class. Classes, mean and
-    deviation stay as they are, so that the task does.
-
-    Raises:
-        InputError: if none would be left to train on.
-    """
-    total = len(images.y_train)
-    if count >= total:
-        raise InputError(
-            f"--hold-out {count} leaves nothing to train on: there are {total} training images"
-        )
-    generator = torch.Generator().manual_seed(data.SPLIT_SEED)
-    test, train = torch.randperm(total, generator=generator).split([count, total - count])
-    return replace(
-        images,
-        x_train=images.x_train[train],
-        y_train=images.y_train[train],
-        x_test=images.x_train[test],
-        y_test=images.y_train[test],
-    )
 
 
 def default_device() -> str:

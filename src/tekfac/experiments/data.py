@@ -101,6 +101,30 @@ class Dataset:
             )
         return replace(self, x_train=self.x_train[:count], y_train=self.y_train[:count])
 
+    def hold_out(self, count: int) -> Dataset:
+        """The same data with ``count`` training images in place of the test images.
+
+        They are drawn with a fixed seed: data may come in order, class by class. Classes, mean and
+        deviation stay as they are, so that the task does.
+
+        Raises:
+            InputError: if none would be left to train on.
+        """
+        total = len(self.y_train)
+        if count >= total:
+            raise InputError(
+                f"--hold-out {count} leaves nothing to train on: there are {total} training images"
+            )
+        generator = torch.Generator().manual_seed(SPLIT_SEED)
+        test, train = torch.randperm(total, generator=generator).split([count, total - count])
+        return replace(
+            self,
+            x_train=self.x_train[train],
+            y_train=self.y_train[train],
+            x_test=self.x_train[test],
+            y_test=self.y_train[test],
+        )
+
     def digest(self) -> str:
         """A fingerprint of all images and labels, by which a changed file is found out."""
         state = hashlib.blake2b(digest_size=16)

@@ -7,16 +7,13 @@ always be brought up to date after a crash between two writes.
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import json
-import os
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from filelock import FileLock, Timeout
@@ -24,6 +21,7 @@ from filelock import FileLock, Timeout
 from tekfac.experiments import plots
 from tekfac.experiments.config import Config
 from tekfac.experiments.errors import InputError
+from tekfac.experiments.files import write_atomically, write_csv, write_figure, write_text
 from tekfac.experiments.metrics import EpochMetrics, History
 
 if TYPE_CHECKING:
@@ -39,28 +37,6 @@ LOCK = ".lock"
 
 class Busy(InputError):
     """Another process is at work in a run's folder."""
-
-
-def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Write a file whole or not at all: under a temporary name beside it, then moved.
-
-    Raises:
-        OSError: if it cannot be written, with ``path`` as its ``filename``.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        # A full disk is reported without saying for which file.
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 class RunFolder:
@@ -202,11 +178,7 @@ class RunFolder:
         if not self._is_stale(METRICS):
             return
         fields = [field.name for field in dataclasses.fields(EpochMetrics)]
-        text = io.StringIO()
-        writer = csv.DictWriter(text, fields, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(dataclasses.asdict(metrics) for metrics in history)
-        write_atomically(self.path / METRICS, lambda file: file.write(text.getvalue().encode()))
+        write_csv(self.path / METRICS, fields, map(dataclasses.astuple, history))
 
     def save_events(self, history: History) -> None:
         """Bring TensorBoard's event files up to date with the checkpoint, if the run has any."""
@@ -228,7 +200,7 @@ class RunFolder:
         if not history or not self._is_stale(CURVES):
             return
         figure = plots.run_figure(history, self.config.name)
-        write_atomically(self.path / CURVES, lambda file: figure.savefig(file, format="png"))
+        write_figure(self.path / CURVES, figure)
 
     def _is_stale(self, name: str) -> bool:
         path = self.path / name
@@ -238,7 +210,7 @@ class RunFolder:
 
     def _save_config(self) -> None:
         text = json.dumps(self.config.to_dict(), indent=2) + "\n"
-        write_atomically(self.path / CONFIG, lambda file: file.write(text.encode()))
+        write_text(self.path / CONFIG, text)
 
 
 def _scalars(metrics: EpochMetrics) -> dict[str, float]:

@@ -9,8 +9,6 @@ works on the search next goes on with the trial from its last epoch.
 
 from __future__ import annotations
 
-import csv
-import io
 import itertools
 import json
 import math
@@ -28,13 +26,13 @@ from optuna.distributions import CategoricalDistribution
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock, JournalStorage
 from optuna.trial import FrozenTrial, TrialState
 
-from tekfac.experiments.comparison import markdown
 from tekfac.experiments.config import Config
 from tekfac.experiments.data import Dataset
 from tekfac.experiments.errors import Diverged, InputError
+from tekfac.experiments.files import markdown, write_csv, write_text
 from tekfac.experiments.metrics import EpochMetrics, History
 from tekfac.experiments.optimizers import METHODS, has_setting, resolve
-from tekfac.experiments.runs import CONFIG, Busy, RunFolder, write_atomically
+from tekfac.experiments.runs import CONFIG, Busy, RunFolder
 from tekfac.experiments.training import BatchProgress, Watcher, check, fit
 
 PLAN = "search.json"
@@ -286,17 +284,15 @@ class Search:
         """Write the table, as Markdown and as CSV, into the folder."""
         with self._lock:
             header, rows = self.table()
-            text = io.StringIO()
-            csv.writer(text, lineterminator="\n").writerows([header, *rows])
-            _write_text(self._path / TABLE_MARKDOWN, markdown(header, rows))
-            _write_text(self._path / TABLE_CSV, text.getvalue())
+            write_text(self._path / TABLE_MARKDOWN, markdown(header, rows))
+            write_csv(self._path / TABLE_CSV, header, rows)
 
     def _keep_plan(self) -> None:
         wanted = {**self._plan.to_dict(), "data_digest": self._data.digest()}
         if (self._path / PLAN).exists():
             _refuse_other(self._path, wanted)
         else:
-            _write_text(self._path / PLAN, json.dumps(wanted, indent=2) + "\n")
+            write_text(self._path / PLAN, json.dumps(wanted, indent=2) + "\n")
 
     def _open_study(self) -> optuna.Study:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -467,10 +463,6 @@ def _row(result: Result) -> list[str]:
 
 def _text(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _write_text(path: Path, text: str) -> None:
-    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def _refuse_foreign(path: Path) -> None:

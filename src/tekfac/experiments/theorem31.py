@@ -8,9 +8,7 @@ that TEKFAC is never further from it than TKFAC; EKFAC and KFAC stand beside the
 from __future__ import annotations
 
 import copy
-import csv
 import dataclasses
-import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +22,8 @@ import tekfac
 from tekfac.experiments import plots
 from tekfac.experiments.config import Config
 from tekfac.experiments.data import Dataset
+from tekfac.experiments.files import markdown, write_csv, write_figure, write_text
 from tekfac.experiments.metrics import Distance
-from tekfac.experiments.runs import write_atomically
 from tekfac.experiments.training import Training, Watcher
 
 METHODS: dict[str, Callable[[nn.Module], tekfac.NaturalGradient]] = {
@@ -140,25 +138,16 @@ def save(distances: Sequence[Distance], path: Path, title: str) -> None:
     """Write ``theorem31.csv``, ``theorem31.md`` (means over time) and ``theorem31.png``."""
     path.mkdir(parents=True, exist_ok=True)
     names = [field.name for field in dataclasses.fields(Distance)]
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(
-        [names, *(dataclasses.astuple(distance) for distance in distances)]
-    )
-    figure = plots.distance_figure(distances, title)
-    table = markdown(distances)
-    write_atomically(path / "theorem31.csv", lambda file: file.write(text.getvalue().encode()))
-    write_atomically(path / "theorem31.md", lambda file: file.write(table.encode()))
-    write_atomically(path / "theorem31.png", lambda file: figure.savefig(file, format="png"))
+    write_csv(path / "theorem31.csv", names, map(dataclasses.astuple, distances))
+    write_text(path / "theorem31.md", table(distances))
+    write_figure(path / "theorem31.png", plots.distance_figure(distances, title))
 
 
-def markdown(distances: Sequence[Distance]) -> str:
-    """A table of each method's mean error and trace ratio over time, for every layer."""
+def table(distances: Sequence[Distance]) -> str:
+    """Each method's mean error and trace ratio over time, for every layer, in Markdown."""
     layers = list(dict.fromkeys(distance.layer for distance in distances))
     methods = list(dict.fromkeys(distance.method for distance in distances))
-    lines = [
-        f"| layer | {' | '.join(methods)} |",
-        f"| --- |{' --- |' * len(methods)}",
-    ]
+    rows = []
     for layer in layers:
         cells = []
         for method in methods:
@@ -166,8 +155,8 @@ def markdown(distances: Sequence[Distance]) -> str:
             error = sum(d.error for d in own) / len(own)
             trace = sum(d.trace for d in own) / len(own)
             cells.append(f"{error:.3f} (trace {trace:.3f})")
-        lines.append(f"| {layer} | {' | '.join(cells)} |")
-    return "".join(line + "\n" for line in lines)
+        rows.append([layer, *cells])
+    return markdown(["layer", *methods], rows)
 
 
 def worst_ratio(distances: Sequence[Distance], better: str, worse: str) -> float:
