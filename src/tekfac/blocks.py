@@ -186,11 +186,11 @@ class Block(ABC):
 
     def observe(self, sample: Sample) -> None:
         """Take the statistics of one backward pass into the sums of the step."""
-        if sample.draw == 0:
+        if sample.first:
             self._examples += sample.examples
             self._batch += sample.batch
         for a, g in self.layer.chunks(sample):
-            self._add(a, g, 1 / sample.draws)
+            self._add(a, g, sample.first)
 
     def precondition(self, matrix: Tensor) -> Tensor:
         """``(F̂ + λ I)⁻¹ ∇h`` for a ``(G, d_out, d_in)`` gradient (2.5): rotate, rescale, rotate."""
@@ -264,10 +264,10 @@ class Block(ABC):
     def _damped_eigenvalues(self) -> Tensor:
         """What a gradient in the basis is divided by, ``(G, d_out, d_in)``, positive."""
 
-    def _add(self, a: Tensor, g: Tensor, weight: float) -> None:
+    def _add(self, a: Tensor, g: Tensor, first: bool) -> None:
         """Add a chunk of a sample to the sums of the step, as in `Factors.add`."""
         if self.due.factors:
-            self.factors.add(a, g, weight)
+            self.factors.add(a, g, first)
 
     def _rescale(self, examples: int, gradient_scale: float, decay: float) -> bool:
         """Average the batch's rescaling in; whether it was finite."""
@@ -378,8 +378,8 @@ class CorrectedBlock(Block):
         scale = state.get("scale")
         self.scale = None if scale is None else self._adopted(scale)
 
-    def _add(self, a: Tensor, g: Tensor, weight: float) -> None:
-        super()._add(a, g, weight)
+    def _add(self, a: Tensor, g: Tensor, first: bool) -> None:
+        super()._add(a, g, first)
         if self.due.scale and not self.due.basis:
             self._add_squares(a, g)
 

@@ -198,7 +198,6 @@ class Capture:
         root = GradientEdge(torch._C._current_autograd_node(), number)
         edges = [call.edge for call in calls if call.edge is not None]
         used = self.fisher.likelihood.used(gradient)
-        draws = self.fisher.draws(values)
         for draw, cotangent in enumerate(self.fisher.cotangents(values)):
             cotangent = (cotangent if used is None else cotangent * used).to(values.dtype)
             _own_passes += 1
@@ -210,7 +209,7 @@ class Capture:
             for block in {call.block.name: call.block for call in calls}.values():
                 own = [i for i, call in enumerate(calls) if call.block is block]
                 self._give(
-                    [calls[i] for i in own], [gradients[i] for i in own], here.examples, draw, draws
+                    [calls[i] for i in own], [gradients[i] for i in own], here.examples, draw == 0
                 )
 
     def _give(
@@ -218,8 +217,7 @@ class Capture:
         calls: list[_Call],
         gradients: list[Tensor | None],
         batch: int,
-        draw: int = 0,
-        draws: int = 1,
+        first: bool = True,
     ) -> None:
         """Hand a block the calls of its layer in one pass."""
         if all(gradient is None for gradient in gradients):
@@ -233,7 +231,7 @@ class Capture:
                 batched = call.block.layer.batched
                 inputs.append(None if call.input is None else batched(call.input)[:rows])
                 outputs.append(batched(gradient)[:rows])
-        sample = Sample(inputs, outputs, examples, batch, draw, draws)
+        sample = Sample(inputs, outputs, examples, batch, first)
         with torch.no_grad(), torch.autocast(outputs[0].device.type, enabled=False):
             calls[0].block.observe(sample)
 

@@ -32,14 +32,14 @@ class Factors(ABC):
         self._sums: dict[str, Tensor] = {}
 
     @abstractmethod
-    def add(self, a: Tensor, g: Tensor, weight: float) -> None:
+    def add(self, a: Tensor, g: Tensor, first: bool) -> None:
         """Add examples to the batch's sums.
 
         Args:
             a: inputs, ``(G, N, T, d_in)``.
             g: output gradients, ``(G, N, T, d_out)``.
-            weight: what one example counts in a mean that does not depend on ``g``: 1 over the
-                number of times that it will be added, with other gradients.
+            first: whether these examples are added for the first time in this batch, and not again
+                with gradients for other labels: what does not depend on ``g`` is then as it was.
         """
 
     @abstractmethod
@@ -104,8 +104,9 @@ class KroneckerFactors(Factors):
 
     names = ("input", "output")
 
-    def add(self, a: Tensor, g: Tensor, weight: float) -> None:
-        self._add_moment("input", a, weight)
+    def add(self, a: Tensor, g: Tensor, first: bool) -> None:
+        if first:
+            self._add_moment("input", a, 1.0)
         self._add_moment("output", g, 1 / g.shape[2])
 
     def update(self, examples: int, gradient_scale: float, decay: float) -> bool:
@@ -137,7 +138,7 @@ class TraceRestrictedFactors(Factors):
         super().__init__()
         self.delta: Tensor | None = None
 
-    def add(self, a: Tensor, g: Tensor, weight: float) -> None:
+    def add(self, a: Tensor, g: Tensor, first: bool) -> None:
         trace_omega = square_norms(a)
         trace_gamma = square_norms(g) / g.shape[2]
         self._add_moment("input", a, trace_gamma)

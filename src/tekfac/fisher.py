@@ -42,10 +42,6 @@ class Likelihood(ABC):
     def expectation(self, output: Tensor) -> Iterator[Tensor]:
         """Cotangents whose outer products sum, per example, to the expectation over labels."""
 
-    def count(self, output: Tensor) -> int:
-        """How many cotangents `expectation` yields."""
-        return output[0].numel()
-
     def used(self, gradient: Tensor) -> Tensor | None:
         """Where the user's loss looks at the output, by its gradient; None for everywhere."""
         return None
@@ -192,19 +188,12 @@ class Fisher(ABC):
         self.likelihood = likelihood
 
     @abstractmethod
-    def draws(self, output: Tensor) -> int:
-        """How many cotangents `cotangents` yields."""
-
-    @abstractmethod
     def cotangents(self, output: Tensor) -> Iterator[Tensor]:
         """Cotangents whose outer products sum to (an estimate of) the expectation over labels."""
 
 
 class ExactFisher(Fisher):
     """The expectation itself, one backward pass per class (and position, or output entry)."""
-
-    def draws(self, output: Tensor) -> int:
-        return self.likelihood.count(output)
 
     def cotangents(self, output: Tensor) -> Iterator[Tensor]:
         return self.likelihood.expectation(output)
@@ -229,9 +218,6 @@ class SampledFisher(Fisher):
         self.generator = torch.Generator() if generator is None else generator
         if generator is None:
             self.generator.manual_seed(torch.initial_seed())
-
-    def draws(self, output: Tensor) -> int:
-        return self.samples
 
     def cotangents(self, output: Tensor) -> Iterator[Tensor]:
         for _ in range(self.samples):

@@ -38,16 +38,14 @@ class Sample:
         gradients: ``d(-log p)/d`` output, one per call, in the shape of the layer's output.
         examples: number of examples ``N``.
         batch: number of examples in the batch that they are the first of.
-        draw: which draw of the labels this is, from 0.
-        draws: how many there are in this pass.
+        first: whether this is the first draw of the labels in this pass: its inputs are new.
     """
 
     inputs: list[Tensor | None]
     gradients: list[Tensor]
     examples: int
     batch: int
-    draw: int = 0
-    draws: int = 1
+    first: bool = True
 
 
 class Layer(ABC):
