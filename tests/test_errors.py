@@ -550,9 +550,3 @@ def test_several_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
         tekfac.KFAC(parallel)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
     tekfac.KFAC(nn.Linear(2, 2))
-
-
-@pytest.mark.parametrize("value", [0.0, -0.5, 1.5, float("nan")])
-def test_curvature_fraction(value: float) -> None:
-    with pytest.raises(ValueError, match=r"curvature_fraction must be in \(0, 1\], got"):
-        tekfac.TEKFAC(nn.Linear(2, 2), curvature_fraction=value)

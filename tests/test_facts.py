@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-import math
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any
 
 import pytest
 import torch
@@ -461,29 +458,3 @@ def test_running_averages_keep_the_trace_of_the_factors_at_one() -> None:
         assert float(block.dense().trace()) == pytest.approx(block.trace, rel=ROUNDING)
         deltas.append(block.trace)
     assert all(a != b for a, b in pairwise(deltas))
-
-
-@pytest.mark.parametrize("fisher", ["exact", "empirical"])
-@pytest.mark.parametrize("method", METHODS)
-def test_a_fraction_of_the_batch_gives_that_part_s_curvature(method: str, fisher: str) -> None:
-    """Statistics of the first examples alone; the gradient is the whole batch's."""
-    torch.manual_seed(3)
-    model, x, y = small_convolution(), *replay_batch("small_convolution")
-    part, whole = copy.deepcopy(model), model
-    few = math.ceil(0.4 * len(x))
-    options: dict[str, Any] = {"fisher": fisher, "damping": 1e-2, "momentum": 0.0, "lr": 0.1}
-    expected = getattr(tekfac, method)(part, **options)
-    found = getattr(tekfac, method)(whole, curvature_fraction=0.4, **options)
-    F.cross_entropy(part(x[:few]), y[:few]).backward()
-    expected.step()
-    before = [p.detach().clone() for p in whole.parameters()]
-    F.cross_entropy(whole(x), y).backward()
-    gradients = [p.grad.clone() for p in whole.parameters() if p.grad is not None]
-    found.step()
-    for name, block in expected.blocks.items():
-        assert relative(found.blocks[name].dense(), block.dense()) < TOLERANCE
-    moved = [b - p.detach() for b, p in zip(before, whole.parameters(), strict=True)]
-    natural = found.blocks["0"].inverse_matvec(
-        torch.cat([gradients[0].flatten(1), gradients[1][:, None]], 1)
-    )
-    assert relative(moved[0], 0.1 * natural[:, :-1].reshape(moved[0].shape)) < TOLERANCE

@@ -18,6 +18,7 @@ from tekfac.damping import damping_of
 from tekfac.factors import Factors
 from tekfac.layers import Layer, Sample
 from tekfac.linalg import eigh
+from tekfac.sampling import examples_read, factor_stride
 from tekfac.statistics import averaged, carried_over, squared_gradients
 
 DENSE_LIMIT = 8192
@@ -55,6 +56,10 @@ class Due:
     factors: bool = True
     scale: bool = True
     basis: bool = True
+    factor_rows: int | None = None
+    """Inputs that factors read for each of their columns, None for all (see `tekfac.sampling`)."""
+    scale_examples: int | None = None
+    """Examples that the rescaling is measured on, None for all."""
 
 
 @dataclass(frozen=True)
@@ -93,8 +98,6 @@ class Block(ABC):
         self.silent = False
         """Measured, and found to get no gradient at all, before there was any estimate."""
         self._examples = 0
-        self._batch = 0
-        self._pending: list[Sample] = []
 
     # -- what a curious user asks ------------------------------------------------------------------
 
@@ -188,9 +191,10 @@ class Block(ABC):
         """Take the statistics of one backward pass into the sums of the step."""
         if sample.first:
             self._examples += sample.examples
-            self._batch += sample.batch
-        for a, g in self.layer.chunks(sample):
-            self._add(a, g, sample.first)
+        if self.due.factors:
+            stride = factor_stride(self.layer, sample, self.due.factor_rows)
+            for a, g in self.layer.chunks(sample, stride):
+                self.factors.add(a, g, sample.first)
 
     def precondition(self, matrix: Tensor) -> Tensor:
         """``(F̂ + λ I)⁻¹ ∇h`` for a ``(G, d_out, d_in)`` gradient (2.5): rotate, rescale, rotate."""
@@ -209,7 +213,7 @@ class Block(ABC):
             scale_decay: ε1 of (3.8).
         """
         examples = self._examples
-        scale = float(self._batch) if gradient_scale is None else gradient_scale
+        scale = float(examples) if gradient_scale is None else gradient_scale
         skipped = failed = False
         if examples and self.due.factors:
             if self.empty and self.factors.silent:
@@ -220,7 +224,7 @@ class Block(ABC):
         if not skipped and self.due.basis and not self.factors.empty:
             failed = not self._refresh()
         if examples and not skipped and self.basis is not None:
-            skipped = not self._rescale(examples, scale, scale_decay)
+            skipped = not self._rescale(scale, scale_decay)
         self.discard()
         return Report(skipped, failed)
 
@@ -231,8 +235,7 @@ class Block(ABC):
     def discard(self) -> None:
         """Forget what was observed since the last update."""
         self.factors.clear()
-        self._pending = []
-        self._examples = self._batch = 0
+        self._examples = 0
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything the block has learnt, as tensors by name."""
@@ -264,12 +267,7 @@ class Block(ABC):
     def _damped_eigenvalues(self) -> Tensor:
         """What a gradient in the basis is divided by, ``(G, d_out, d_in)``, positive."""
 
-    def _add(self, a: Tensor, g: Tensor, first: bool) -> None:
-        """Add a chunk of a sample to the sums of the step, as in `Factors.add`."""
-        if self.due.factors:
-            self.factors.add(a, g, first)
-
-    def _rescale(self, examples: int, gradient_scale: float, decay: float) -> bool:
+    def _rescale(self, gradient_scale: float, decay: float) -> bool:
         """Average the batch's rescaling in; whether it was finite."""
         return True
 
@@ -355,6 +353,8 @@ class CorrectedBlock(Block):
         self.scale: Tensor | None = None
         """``S`` or ``Λ``, ``(G, d_out, d_in)``."""
         self._sum: Tensor | None = None
+        self._rescaled = 0
+        self._pending: list[Sample] = []
 
     @property
     def empty(self) -> bool:
@@ -362,12 +362,20 @@ class CorrectedBlock(Block):
 
     def observe(self, sample: Sample) -> None:
         super().observe(sample)
-        if self.due.scale and self.due.basis:
-            self._pending.append(sample)  # until the basis that it belongs to is known
+        if self.due.scale:
+            part = sample.head(examples_read(self.layer, sample, self.due.scale_examples))
+            if part.first:
+                self._rescaled += part.examples
+            if self.due.basis:
+                self._pending.append(part)  # until the basis that it belongs to is known
+            else:
+                self._add_squares(part)
 
     def discard(self) -> None:
         super().discard()
+        self._pending = []
         self._sum = None
+        self._rescaled = 0
 
     def state_dict(self) -> dict[str, Tensor]:
         state = super().state_dict()
@@ -378,24 +386,20 @@ class CorrectedBlock(Block):
         scale = state.get("scale")
         self.scale = None if scale is None else self._adopted(scale)
 
-    def _add(self, a: Tensor, g: Tensor, first: bool) -> None:
-        super()._add(a, g, first)
-        if self.due.scale and not self.due.basis:
-            self._add_squares(a, g)
-
-    def _add_squares(self, a: Tensor, g: Tensor) -> None:
+    def _add_squares(self, sample: Sample) -> None:
         assert self.basis is not None
-        self._sum = squared_gradients(a, g, self.basis.input, self.basis.output, self._sum)
+        for a, g in self.layer.chunks(sample):
+            self._sum = squared_gradients(a, g, self.basis.input, self.basis.output, self._sum)
 
-    def _rescale(self, examples: int, gradient_scale: float, decay: float) -> bool:
+    def _rescale(self, gradient_scale: float, decay: float) -> bool:
         for sample in self._pending:
-            for a, g in self.layer.chunks(sample):
-                self._add_squares(a, g)
+            self._add_squares(sample)
         if self._sum is None:
             return True
         if not bool(torch.isfinite(self._sum).all()):
             return False
-        self.scale = averaged(self.scale, self._sum * (gradient_scale**2 / examples), decay)
+        mean = self._sum * (gradient_scale**2 / self._rescaled)
+        self.scale = averaged(self.scale, mean, decay)
         return True
 
     def _change_basis(self, old: Basis, new: Basis) -> None:

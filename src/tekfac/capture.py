@@ -9,7 +9,6 @@ listened to during the user's backward pass itself.
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -66,7 +65,6 @@ class Capture:
         blocks: the blocks by layer name; looked at in every pass.
         fisher: how labels are averaged over; None for the empirical Fisher.
         output: finds the tensor of logits (or means) in what the model returns.
-        fraction: how much of each batch is given, the first examples of it, in (0, 1].
     """
 
     def __init__(
@@ -75,12 +73,10 @@ class Capture:
         blocks: Mapping[str, Block],
         fisher: Fisher | None,
         output: Callable[[Any], Tensor],
-        fraction: float,
     ) -> None:
         self.blocks = blocks
         self.fisher = fisher
         self.output = output
-        self.fraction = fraction
         self.passes = 0
         """Forward passes through the model so far in which a layer was captured."""
         self.without_grad: set[str] = set()
@@ -216,22 +212,20 @@ class Capture:
         self,
         calls: list[_Call],
         gradients: list[Tensor | None],
-        batch: int,
+        examples: int,
         first: bool = True,
     ) -> None:
         """Hand a block the calls of its layer in one pass."""
         if all(gradient is None for gradient in gradients):
             return
-        examples = math.ceil(self.fraction * batch)
         inputs: list[Tensor | None] = []
         outputs: list[Tensor] = []
         for call, gradient in zip(calls, gradients, strict=True):
             if gradient is not None:
-                rows = -(-call.rows * examples // batch)
                 batched = call.block.layer.batched
-                inputs.append(None if call.input is None else batched(call.input)[:rows])
-                outputs.append(batched(gradient)[:rows])
-        sample = Sample(inputs, outputs, examples, batch, first)
+                inputs.append(None if call.input is None else batched(call.input))
+                outputs.append(batched(gradient))
+        sample = Sample(inputs, outputs, examples, first)
         with torch.no_grad(), torch.autocast(outputs[0].device.type, enabled=False):
             calls[0].block.observe(sample)
 

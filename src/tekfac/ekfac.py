@@ -40,6 +40,8 @@ class EKFAC(NaturalGradient):
     Args:
         scale_every: steps between measurements of the rescaling.
         scale_decay: ε1 of (3.8), in [0, 1): the weight of the past.
+        scale_examples: examples of each batch, the first ones, that the rescaling is measured on in
+            layers with much work (`tekfac.sampling`). None for all.
 
     All other arguments and errors: see `NaturalGradient`.
 
@@ -48,7 +50,7 @@ class EKFAC(NaturalGradient):
     """
 
     make_block: ClassVar[type[Block]] = EKFACBlock
-    _settings = (*NaturalGradient._settings, "scale_every", "scale_decay")
+    _settings = (*NaturalGradient._settings, "scale_every", "scale_decay", "scale_examples")
 
     def __init__(
         self,
@@ -59,12 +61,17 @@ class EKFAC(NaturalGradient):
         damping: Damping = 1e-2,
         scale_every: int = 10,
         scale_decay: float = 0.95,
+        scale_examples: int | None = 32,
         **common: Unpack[Common],
     ) -> None:
         check_count("scale_every", scale_every)
         check_decay("scale_decay", scale_decay)
+        if scale_examples is not None:
+            check_count("scale_examples", scale_examples)
         self.scale_every, self.scale_decay = scale_every, scale_decay
+        self.scale_examples = scale_examples
         super().__init__(model, lr, momentum, damping=damping, **common)
 
     def _due(self, step: int) -> Due:
-        return replace(super()._due(step), scale=step % self.scale_every == 0)
+        scale = step % self.scale_every == 0
+        return replace(super()._due(step), scale=scale, scale_examples=self.scale_examples)

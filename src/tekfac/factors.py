@@ -36,7 +36,8 @@ class Factors(ABC):
         """Add examples to the batch's sums.
 
         Args:
-            a: inputs, ``(G, N, T, d_in)``.
+            a: inputs, ``(G, N, T, d_in)``, or those at some of the positions, which then stand for
+                all of them.
             g: output gradients, ``(G, N, T, d_out)``.
             first: whether these examples are added for the first time in this batch, and not again
                 with gradients for other labels: what does not depend on ``g`` is then as it was.
@@ -106,7 +107,7 @@ class KroneckerFactors(Factors):
 
     def add(self, a: Tensor, g: Tensor, first: bool) -> None:
         if first:
-            self._add_moment("input", a, 1.0)
+            self._add_moment("input", a, g.shape[2] / a.shape[2])
         self._add_moment("output", g, 1 / g.shape[2])
 
     def update(self, examples: int, gradient_scale: float, decay: float) -> bool:
@@ -139,9 +140,10 @@ class TraceRestrictedFactors(Factors):
         self.delta: Tensor | None = None
 
     def add(self, a: Tensor, g: Tensor, first: bool) -> None:
-        trace_omega = square_norms(a)
+        times = g.shape[2] / a.shape[2]
+        trace_omega = square_norms(a) * times
         trace_gamma = square_norms(g) / g.shape[2]
-        self._add_moment("input", a, trace_gamma)
+        self._add_moment("input", a, trace_gamma * times)
         self._add_moment("output", g, trace_omega / g.shape[2])
         delta = (trace_omega * trace_gamma).sum(dim=1)
         self._sums["delta"] = self._sums.get("delta", 0) + delta

@@ -37,15 +37,26 @@ class Sample:
             None where they do not matter (frozen weight).
         gradients: ``d(-log p)/d`` output, one per call, in the shape of the layer's output.
         examples: number of examples ``N``.
-        batch: number of examples in the batch that they are the first of.
         first: whether this is the first draw of the labels in this pass: its inputs are new.
     """
 
     inputs: list[Tensor | None]
     gradients: list[Tensor]
     examples: int
-    batch: int
     first: bool = True
+
+    def head(self, examples: int) -> Sample:
+        """The first so many examples of it."""
+
+        def rows(values: Tensor) -> Tensor:
+            return values[: -(-len(values) * examples // self.examples)]
+
+        return Sample(
+            [None if x is None else rows(x) for x in self.inputs],
+            [rows(g) for g in self.gradients],
+            examples,
+            self.first,
+        )
 
 
 class Layer(ABC):
@@ -148,15 +159,26 @@ class Layer(ABC):
                 "layer's parameters have changed shape"
             )
 
-    def chunks(self, sample: Sample) -> Iterator[tuple[Tensor, Tensor]]:
+    def positions(self, sample: Sample) -> int:
+        """Positions of an example, in all calls of the layer together."""
+        rows = sum(g.numel() for g in sample.gradients) // (self.groups * self.d_out)
+        return rows // sample.examples
+
+    def chunks(self, sample: Sample, stride: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
         """Inputs and output gradients of a sample, a few examples at a time.
 
         Several calls of one layer are further positions of the same examples. A leading dimension
         of ``k N`` holds ``k`` positions of each of ``N`` examples; one that ``N`` does not divide
         holds examples of its own.
 
+        Args:
+            sample: what to go through.
+            stride: take the inputs at every ``stride``-th position only. Each example begins at
+                another position, so that all are seen in a batch.
+
         Yields:
-            ``a`` ``(G, n, T, d_in)`` and ``g`` ``(G, n, T, d_out)``.
+            ``a`` ``(G, n, T // stride, d_in)``, of one position at least, and ``g``
+            ``(G, n, T, d_out)``.
         """
         calls = list(zip(sample.inputs, sample.gradients, strict=True))
         if all(len(g) % sample.examples == 0 for _, g in calls):
@@ -165,27 +187,34 @@ class Layer(ABC):
             together, counts = [[call] for call in calls], [len(g) for _, g in calls]
         for group, examples in zip(together, counts, strict=True):
             positions = sum(g[0].numel() for _, g in group if len(g)) // (self.groups * self.d_out)
-            entries = max(1, positions * max(self.d_in, self.d_out) * self.groups)
-            step = max(1, CHUNK_ENTRIES // entries, CHUNK_ROWS // max(1, positions))
+            read = max(1, positions // stride)
+            entries = max(1, self.groups * max(read * self.d_in, positions * self.d_out))
+            step = max(1, CHUNK_ENTRIES // entries, CHUNK_ROWS // read)
             for first in range(0, examples, step):
-                parts = [
-                    self._rows(x, g, examples, first, min(first + step, examples)) for x, g in group
-                ]
+                span = (first, min(first + step, examples))
+                parts = [self._rows(x, g, examples, *span, stride) for x, g in group]
                 yield (
                     torch.cat([a for a, _ in parts], dim=2) if len(parts) > 1 else parts[0][0],
                     torch.cat([g for _, g in parts], dim=2) if len(parts) > 1 else parts[0][1],
                 )
 
     def _rows(
-        self, x: Tensor | None, g: Tensor, examples: int, first: int, last: int
+        self, x: Tensor | None, g: Tensor, examples: int, first: int, last: int, stride: int
     ) -> tuple[Tensor, Tensor]:
         per = len(g) // examples
         span, n = slice(first * per, last * per), last - first
         rows = self._outputs(g[span].to(self.dtype)).reshape(self.groups, n, -1, self.d_out)
-        a = rows.new_empty(*rows.shape[:3], self.d_in)
+        positions = rows.shape[2]
+        read = positions if stride == 1 else max(1, positions // stride)
+        a = rows.new_empty(self.groups, n, read, self.d_in)
         if x is not None:
+            seen = None
+            if read < positions:
+                start = torch.arange(first, last, device=a.device)[:, None]
+                within = (start + stride * torch.arange(read, device=a.device)) % positions
+                seen = (within + positions * (start - first)).flatten()
             columns = self.d_in - (self.bias is not None)
-            self._fill(a[..., :columns], x[span].to(self.dtype))
+            self._fill(a[..., :columns], x[span].to(self.dtype), seen)
         if self.bias is not None:
             a[..., -1] = 1
         return a, rows
@@ -215,8 +244,14 @@ class Layer(ABC):
         return columns.reshape(self.weight.shape)
 
     @abstractmethod
-    def _fill(self, target: Tensor, x: Tensor) -> None:
-        """Write the inputs ``(R, ...)`` into ``target``, ``(G, n, T, d_in without the bias)``."""
+    def _fill(self, target: Tensor, x: Tensor, seen: Tensor | None) -> None:
+        """Write the inputs ``(R, ...)`` into ``target``, ``(G, n, T, d_in without the bias)``.
+
+        Args:
+            target: where to.
+            x: the layer's inputs.
+            seen: numbers of the positions wanted, counted through all ``R``; None for all.
+        """
 
     @abstractmethod
     def _outputs(self, g: Tensor) -> Tensor:
@@ -258,8 +293,9 @@ class LinearLayer(Layer):
     def _expected_width(self) -> int:
         return self.d_in - (self.bias is not None)
 
-    def _fill(self, target: Tensor, x: Tensor) -> None:
-        target.copy_(x.reshape(target.shape))
+    def _fill(self, target: Tensor, x: Tensor, seen: Tensor | None) -> None:
+        rows = x.reshape(-1, x.shape[-1])
+        target.copy_((rows if seen is None else rows[seen]).view(target.shape))
 
     def _outputs(self, g: Tensor) -> Tensor:
         return g.reshape(1, g.shape[0], -1, g.shape[-1])
@@ -291,30 +327,47 @@ class ConvLayer(Layer):
         shape = self.weight.shape
         return columns.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
 
-    def _fill(self, target: Tensor, x: Tensor) -> None:
+    def _fill(self, target: Tensor, x: Tensor, seen: Tensor | None) -> None:
         module = self.module
         # Channels last, so that every kernel position is copied in contiguous runs of channels.
         padded = self._padded(x).movedim(1, -1).contiguous()
-        sizes = [
-            (full - (size - 1) * dilation - 1) // stride + 1
-            for full, size, dilation, stride in zip(
+        axes = list(
+            zip(
                 padded.shape[1:-1],
                 module.kernel_size,
-                module.dilation,
                 module.stride,
+                module.dilation,
                 strict=True,
             )
+        )
+        sizes = [
+            (full - (size - 1) * dilation - 1) // stride + 1
+            for full, size, stride, dilation in axes
         ]
-        target = target.view(self.groups, len(x), *sizes, math.prod(module.kernel_size), -1)
+        shape: tuple[int, ...] = (len(x), *sizes)
+        if seen is not None:
+            # Numbers of positions to numbers of pixels, where the kernel's first entry lies.
+            pixels = padded.flatten(0, -2)
+            corner, *places = torch.unravel_index(seen, shape)
+            for place, (full, _, stride, _) in zip(places, axes, strict=True):
+                corner = corner * full + place * stride
+            shape = (len(seen),)
+        target = target.view(self.groups, *shape, math.prod(module.kernel_size), -1)
         for number, offsets in enumerate(product(*map(range, module.kernel_size))):
-            window = tuple(
-                slice(offset * dilation, offset * dilation + (size - 1) * stride + 1, stride)
-                for offset, dilation, stride, size in zip(
-                    offsets, module.dilation, module.stride, sizes, strict=True
+            if seen is None:
+                window = tuple(
+                    slice(offset * dilation, offset * dilation + (size - 1) * stride + 1, stride)
+                    for offset, size, (_, _, stride, dilation) in zip(
+                        offsets, sizes, axes, strict=True
+                    )
                 )
-            )
-            seen = padded[(slice(None), *window)].unflatten(-1, (self.groups, -1))
-            target[..., number, :].copy_(seen.movedim(-2, 0))
+                found = padded[(slice(None), *window)]
+            else:
+                shift = 0
+                for offset, (full, _, _, dilation) in zip(offsets, axes, strict=True):
+                    shift = shift * full + offset * dilation
+                found = pixels.index_select(0, corner + shift)
+            target[..., number, :].copy_(found.unflatten(-1, (self.groups, -1)).movedim(-2, 0))
 
     def _outputs(self, g: Tensor) -> Tensor:
         rows: Tensor = g.flatten(2).unflatten(1, (self.groups, -1))

@@ -43,7 +43,7 @@ class Common(TypedDict, total=False):
     factor_every: int
     basis_every: int
     factor_decay: float
-    curvature_fraction: float
+    factor_rows: int | None
     exclude: Sequence[str | type[nn.Module]]
     first_order: Adam
     params: Iterable[dict[str, Any]] | None
@@ -93,8 +93,9 @@ class NaturalGradient(torch.optim.Optimizer):
         factor_every: steps between statistics for the factors, ``T_FIM`` of the paper.
         basis_every: steps between refreshes of the eigenbasis, ``T_EIG``.
         factor_decay: ε2 of (3.6) and (3.7), in [0, 1): the weight of the past.
-        curvature_fraction: how much of each batch statistics are taken from, the first examples of
-            it, in (0, 1]. Less makes their steps cheaper and the estimate noisier.
+        factor_rows: in layers with many positions, inputs that the input-side factor is estimated
+            from in each batch, for each of its columns: at evenly spread positions of every
+            example. Layers with little work are measured whole (`tekfac.sampling`). None for all.
         exclude: names of modules (with all that is inside) and module classes left to
             ``first_order``.
         first_order: the rule for every other parameter.
@@ -115,7 +116,7 @@ class NaturalGradient(torch.optim.Optimizer):
         "factor_every",
         "basis_every",
         "factor_decay",
-        "curvature_fraction",
+        "factor_rows",
         "kl_clip",
     )
 
@@ -138,7 +139,7 @@ class NaturalGradient(torch.optim.Optimizer):
         factor_every: int = 10,
         basis_every: int = 100,
         factor_decay: float = 0.95,
-        curvature_fraction: float = 1.0,
+        factor_rows: int | None = 8,
         exclude: Sequence[str | type[nn.Module]] = (),
         first_order: Adam = Adam(),
         params: Iterable[dict[str, Any]] | None = None,
@@ -156,8 +157,8 @@ class NaturalGradient(torch.optim.Optimizer):
         check_count("basis_every", basis_every)
         check_count("mc_samples", mc_samples)
         check_decay("factor_decay", factor_decay)
-        if not 0 < curvature_fraction <= 1:
-            raise ValueError(f"curvature_fraction must be in (0, 1], got {curvature_fraction!r}")
+        if factor_rows is not None:
+            check_count("factor_rows", factor_rows)
         if kl_clip is not None:
             check_positive("kl_clip", kl_clip)
         if not isinstance(first_order, Adam):
@@ -166,7 +167,7 @@ class NaturalGradient(torch.optim.Optimizer):
         self.model = model
         self.factor_every, self.basis_every = factor_every, basis_every
         self.factor_decay, self.kl_clip = factor_decay, kl_clip
-        self.curvature_fraction = curvature_fraction
+        self.factor_rows = factor_rows
         self.loss_reduction = loss_reduction
         self.first_order = first_order
         self.fisher = _make_fisher(fisher, likelihood, mc_samples, generator)
@@ -356,9 +357,7 @@ class NaturalGradient(torch.optim.Optimizer):
     def _listen(self) -> None:
         """Put the hooks on the model, in place of those there may be."""
         self.close()
-        self._capture = Capture(
-            self.model, self._blocks, self.fisher, self.output, self.curvature_fraction
-        )
+        self._capture = Capture(self.model, self._blocks, self.fisher, self.output)
         # With the optimizer's end, not the capture's: the graph of a loss that is kept holds that.
         weakref.finalize(self, self._capture.close)
         self._set_due()
@@ -421,7 +420,8 @@ class NaturalGradient(torch.optim.Optimizer):
     def _due(self, step: int) -> Due:
         """What is due in a step, counted from 0."""
         factors = step % self.factor_every == 0
-        return Due(factors=factors, scale=False, basis=step % self.basis_every == 0)
+        basis = step % self.basis_every == 0
+        return Due(factors, scale=False, basis=basis, factor_rows=self.factor_rows)
 
     def _set_due(self) -> None:
         usual = self._due(self._counters["steps"])
@@ -430,7 +430,7 @@ class NaturalGradient(torch.optim.Optimizer):
                 # Measured as soon as it can be, but a layer that no gradient reaches must not cost
                 # an extra backward pass in every step.
                 now = usual.factors or not block.silent
-                block.due = Due(factors=now, scale=now, basis=now)
+                block.due = replace(usual, factors=now, scale=now, basis=now)
             else:
                 block.due = usual
 
@@ -626,8 +626,6 @@ class NaturalGradient(torch.optim.Optimizer):
             block.load_state_dict(learnt[index[first]])
         for name, value in own["settings"].items():
             setattr(self, name, value)
-        if self._capture is not None:
-            self._capture.fraction = self.curvature_fraction
         self._counters = dict(own["counters"])
         if isinstance(self.fisher, SampledFisher) and "generator" in own:
             self.fisher.generator.set_state(own["generator"].cpu())

@@ -78,7 +78,8 @@ def squared_gradients(
         Shape ``(G, d_out, d_in)``.
     """
     positions, d_in, d_out = a.shape[2], a.shape[3], g.shape[3]
-    rotate_first = positions * (d_in**2 + d_out**2) < d_in * d_out * (d_in + d_out)
+    before, after = rotation_costs(positions, d_in, d_out)
+    rotate_first = before < after
     if positions == 1 or rotate_first:
         a, g = rotated(a, basis_in), rotated(g, basis_out)
     if positions == 1:
@@ -92,6 +93,11 @@ def squared_gradients(
         total = squares if total is None else total.add_(squares)
     assert total is not None
     return total
+
+
+def rotation_costs(positions: int, d_in: int, d_out: int) -> tuple[int, int]:
+    """Multiplications of rotating one example's ``a`` and ``g``, and of rotating its ``D_n``."""
+    return positions * (d_in**2 + d_out**2), d_in * d_out * (d_in + d_out)
 
 
 def rotated(rows: Tensor, basis: Tensor) -> Tensor:

@@ -54,6 +54,7 @@ class TEKFAC(EKFAC, TKFAC):
         fc_scale: float | str = "auto",
         scale_every: int = 10,
         scale_decay: float = 0.95,
+        scale_examples: int | None = 32,
         **common: Unpack[Common],
     ) -> None:
         # EKFAC's constructor passes what it does not know on to TKFAC's.
@@ -63,6 +64,7 @@ class TEKFAC(EKFAC, TKFAC):
             momentum,
             scale_every=scale_every,
             scale_decay=scale_decay,
+            scale_examples=scale_examples,
             damping=damping,
             fc_scale=fc_scale,  # type: ignore[call-arg]
             **common,

@@ -1,0 +1,249 @@
+"""Statistics of a part of a batch: which part, that it stands for the whole, and when it is used.
+
+Truth is torch's own ``F.unfold`` and autograd's per-example gradients, in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import tekfac
+from tekfac import blocks, sampling
+from tekfac.layers import Sample, kind_of
+
+METHODS = ("KFAC", "EKFAC", "TKFAC", "TEKFAC")
+RESCALED = ("EKFAC", "TEKFAC")
+TOLERANCE = 1e-10
+
+
+@pytest.fixture
+def always(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let small layers be sampled, too."""
+    monkeypatch.setattr(sampling, "SMALL", 0)
+
+
+def layer_of(module: nn.Module) -> Any:
+    kind = kind_of(module)
+    assert kind is not None
+    return kind("layer", module, module.weight, module.bias)
+
+
+def patches(module: nn.Conv2d, x: Tensor) -> Tensor:
+    """``(N, T, columns)`` in the order (kernel, channel) that blocks use, and a 1 for the bias."""
+    unfolded = F.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride)
+    by_channel = unfolded.unflatten(1, (module.in_channels, -1))
+    rows = by_channel.transpose(1, 2).flatten(1, 2).mT
+    return torch.cat([rows, torch.ones_like(rows[..., :1])], dim=2)
+
+
+def wanted(rows: Tensor, stride: int) -> Tensor:
+    """Of ``(N, T, d)`` every ``stride``-th position, example ``n`` beginning at ``n``."""
+    n, positions, _ = rows.shape
+    picked = [
+        rows[i, [(i + stride * k) % positions for k in range(max(1, positions // stride))]]
+        for i in range(n)
+    ]
+    return torch.stack(picked)
+
+
+@pytest.mark.parametrize("stride", [2, 3, 7, 35, 1000])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"padding": 1},
+        {"padding": 2, "stride": 2},
+        {"dilation": 2, "padding": (1, 2)},
+        {"stride": (1, 2)},
+    ],
+)
+def test_convolutions_read_every_so_many_positions(options: dict[str, Any], stride: int) -> None:
+    torch.manual_seed(0)
+    module = nn.Conv2d(3, 4, 3, **options).double()
+    x = torch.randn(5, 3, 7, 9, dtype=torch.float64)
+    g = torch.randn_like(module(x))
+    sample = Sample([x], [g], examples=5)
+    found = [a[0] for a, _ in layer_of(module).chunks(sample, stride)]
+    torch.testing.assert_close(torch.cat(found), wanted(patches(module, x), stride))
+
+
+def test_groups_and_other_dimensions_read_the_same_positions_as_the_whole() -> None:
+    torch.manual_seed(0)
+    for module, shape in (
+        (nn.Conv2d(4, 6, 3, groups=2, padding=1), (3, 4, 5, 6)),
+        (nn.Conv1d(4, 6, 3, groups=2, stride=2), (3, 4, 11)),
+        (nn.Conv3d(2, 3, 2, padding=1), (3, 2, 3, 4, 2)),
+        (nn.Linear(4, 3), (3, 9, 4)),
+        (nn.Linear(4, 3), (3, 2, 5, 4)),
+    ):
+        module.double()
+        x = torch.randn(*shape, dtype=torch.float64)
+        layer, sample = layer_of(module), Sample([x], [torch.randn_like(module(x))], examples=3)
+        ((whole, g),) = layer.chunks(sample)
+        ((part, same),) = layer.chunks(sample, 4)
+        torch.testing.assert_close(same, g)
+        for group, rows in enumerate(part):
+            torch.testing.assert_close(rows, wanted(whole[group], 4))
+
+
+def test_rows_of_k_per_example_and_several_calls_are_positions_to_choose_from() -> None:
+    torch.manual_seed(0)
+    for module, shape in ((nn.Linear(4, 3), (6, 4)), (nn.Conv2d(2, 3, 2), (6, 2, 3, 4))):
+        module.double()
+        x = [torch.randn(*shape, dtype=torch.float64) for _ in range(2)]
+        g = [torch.randn_like(module(each)) for each in x]
+        layer = layer_of(module)
+        ((first, _),) = layer.chunks(Sample(x[:1], g[:1], examples=2))
+        ((second, _),) = layer.chunks(Sample(x[1:], g[1:], examples=2))
+        ((part, _),) = layer.chunks(Sample(x, g, examples=2), 3)
+        expected = torch.cat([wanted(first[0], 3), wanted(second[0], 3)], dim=1)
+        torch.testing.assert_close(part[0], expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_sampled_factors_of_equal_examples_are_those_of_the_whole_batch(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Equal examples begin at different positions and together see all: nothing is lost."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(64, 3))
+    model.double()
+    x = torch.randn(1, 2, 4, 4, dtype=torch.float64).expand(8, -1, -1, -1).contiguous()
+    y = torch.zeros(8, dtype=torch.long)
+    found: dict[int | None, Any] = {}
+    for stride in (8, None):
+        monkeypatch.setattr(blocks, "factor_stride", lambda *_, stride=stride: stride or 1)
+        optimizer = getattr(tekfac, method)(model, lr=0.0, fisher="empirical")
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        found[stride] = optimizer.blocks["0"].factors.state_dict()
+        optimizer.close()
+    for name, value in found[None].items():
+        torch.testing.assert_close(found[8][name], value, rtol=TOLERANCE, atol=1e-14)
+
+
+@pytest.mark.usefixtures("always")
+@pytest.mark.parametrize("method", METHODS)
+def test_sampled_factors_are_moments_of_the_positions_read(method: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(4 * 16, 3))
+    model.double()
+    x, y = torch.randn(5, 2, 6, 6, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1])
+    optimizer = getattr(tekfac, method)(model, lr=0.0, fisher="empirical", factor_rows=2)
+    out = model[0](x).detach().requires_grad_()
+    (g,) = torch.autograd.grad(F.cross_entropy(model[1:](out), y, reduction="sum"), out)
+    F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+
+    stride = round(5 * 16 / (2 * 19))
+    assert stride == 2
+    a, g = wanted(patches(model[0], x), stride), g.flatten(2).mT
+    omega = torch.einsum("nti,ntj->nij", a, a) * 16 / a.shape[1]
+    gamma = torch.einsum("nti,ntj->nij", g, g) / 16
+    trace_omega, trace_gamma = (m.diagonal(dim1=1, dim2=2).sum(1) for m in (omega, gamma))
+    if method in ("KFAC", "EKFAC"):
+        expected = {"input": omega.mean(0), "output": gamma.mean(0)}
+    else:
+        delta = (trace_omega * trace_gamma).mean()
+        expected = {
+            "input": (trace_gamma[:, None, None] * omega).mean(0) / delta,
+            "output": (trace_omega[:, None, None] * gamma).mean(0) / delta,
+            "delta": delta,
+        }
+    state = optimizer.blocks["0"].factors.state_dict()
+    assert state.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(state[name][0], value, rtol=TOLERANCE, atol=1e-14)
+
+
+@pytest.mark.usefixtures("always")
+@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("fisher", ["exact", "empirical"])
+@pytest.mark.parametrize("method", RESCALED)
+def test_the_rescaling_is_measured_on_the_first_examples(
+    method: str, fisher: str, steps: int
+) -> None:
+    """``sum(S) = E‖D_n‖²`` over them; with a second step, in a basis that stays."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(27, 3)).double()
+    x, y = torch.randn(7, 2, 5, 5, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1, 2, 0])
+    optimizer = getattr(tekfac, method)(
+        model, lr=0.0, fisher=fisher, scale_examples=4, scale_every=1, scale_decay=0.0
+    )
+    for _ in range(steps):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    expected = {"0": 0.0, "3": 0.0}
+    for image, label in zip(x[:4], y[:4], strict=True):
+        log_p = F.log_softmax(model(image[None])[0], dim=0)
+        for k in range(3):
+            weight = float(log_p[k].detach().exp()) if fisher == "exact" else float(k == label)
+            for name in expected:
+                parameters = list(model.get_submodule(name).parameters())
+                grads = torch.autograd.grad(log_p[k], parameters, retain_graph=True)
+                expected[name] += weight * sum(float(g.square().sum()) for g in grads) / 4
+    for name, value in expected.items():
+        assert float(optimizer.blocks[name].scale.sum()) == pytest.approx(value, rel=TOLERANCE)
+
+
+def test_accumulated_batches_are_sampled_each() -> None:
+    """Micro-batches of different sizes: every one gives its first examples, all count alike."""
+    layer = layer_of(nn.Linear(3, 2))
+    sample = Sample([torch.zeros(10, 3)], [torch.zeros(10, 2)], examples=10)
+    head = sample.head(4)
+    assert (head.examples, len(head.inputs[0]), len(head.gradients[0])) == (4, 4, 4)
+    # k rows of each example stay together.
+    assert len(Sample([None], [torch.zeros(30, 2)], examples=10).head(4).gradients[0]) == 12
+    assert layer.positions(Sample([None], [torch.zeros(30, 2)], examples=10)) == 3
+
+
+@pytest.mark.parametrize(
+    ("channels", "size", "stride", "examples"),
+    [
+        (16, 32, 113, 32),  # 131,072 positions for 145 columns
+        (32, 16, 14, 32),  # 32,768 for 289
+        (64, 8, 2, 32),  # 8,192 for 577
+        (512, 2, 1, 32),  # 512 for 4,609: fewer than wanted
+        (4, 8, 1, 128),  # little work
+    ],
+)
+def test_what_is_read_of_a_batch_of_128(
+    channels: int, size: int, stride: int, examples: int
+) -> None:
+    layer = layer_of(nn.Conv2d(channels, channels, 3, padding=1))
+    images = torch.zeros(1, channels, size, size).expand(128, -1, -1, -1)
+    sample = Sample([images], [images], examples=128)
+    assert sampling.factor_stride(layer, sample, 8) == stride
+    assert sampling.factor_stride(layer, sample, None) == 1
+    assert sampling.examples_read(layer, sample, 32) == examples
+    assert sampling.examples_read(layer, sample, None) == 128
+
+
+def test_a_small_network_is_measured_whole() -> None:
+    """The embedded default task: exact statistics, whatever the defaults say."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 64, 10)
+    ).double()
+    x, y = torch.randn(64, 1, 8, 8, dtype=torch.float64), torch.randint(10, (64,))
+    traces = []
+    for options in ({}, {"factor_rows": None, "scale_examples": None}):
+        optimizer = tekfac.TEKFAC(model, lr=0.0, fisher="empirical", **options)
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        traces.append([block.dense() for block in (optimizer.blocks["0"],)])
+        optimizer.close()
+    torch.testing.assert_close(traces[0], traces[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.5, math.inf, True])
+@pytest.mark.parametrize("name", ["factor_rows", "scale_examples"])
+def test_bad_values(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be a whole number of at least 1, got"):
+        tekfac.TEKFAC(nn.Linear(2, 2), **{name: value})
