@@ -17,9 +17,9 @@ from torch import Tensor
 from tekfac.damping import damping_of
 from tekfac.factors import Factors
 from tekfac.layers import Layer, Sample
-from tekfac.linalg import eigh
+from tekfac.linalg import completed
 from tekfac.sampling import examples_read, factor_stride
-from tekfac.statistics import averaged, carried_over, squared_gradients
+from tekfac.statistics import averaged, carried_over, overlap, squared_gradients
 
 DENSE_LIMIT = 8192
 
@@ -28,11 +28,14 @@ DENSE_LIMIT = 8192
 class Basis:
     """Eigenvectors (columns) and eigenvalues of a pair of factors.
 
+    Of a wide factor there are only the leading ``k < d`` eigenvectors. All directions orthogonal to
+    them share one eigenvalue, which comes last: there are ``k + 1`` values then.
+
     Args:
-        input: ``U_in``, ``(G, d_in, d_in)``.
-        output: ``U_out``, ``(G, d_out, d_out)``.
-        input_values: ``(G, d_in)``, not negative.
-        output_values: ``(G, d_out)``, not negative.
+        input: ``U_in``, ``(G, d_in, k_in)``.
+        output: ``U_out``, ``(G, d_out, k_out)``.
+        input_values: ``(G, d_in)`` or ``(G, k_in + 1)``, not negative.
+        output_values: ``(G, d_out)`` or ``(G, k_out + 1)``, not negative.
     """
 
     input: Tensor
@@ -40,13 +43,50 @@ class Basis:
     input_values: Tensor
     output_values: Tensor
 
-    def rotate(self, matrix: Tensor) -> Tensor:
-        """``U_outᵀ V U_in``: a ``(G, d_out, d_in)`` matrix in the basis."""
-        return self.output.mT @ matrix @ self.input
+    def apply(self, values: Tensor, matrix: Tensor) -> Tensor:
+        """``U_out (values ∘ (U_outᵀ V U_in)) U_inᵀ``: what has these eigenvalues, times ``V``.
 
-    def rotate_back(self, matrix: Tensor) -> Tensor:
-        """``U_out V U_inᵀ``, the inverse of `rotate`."""
-        return self.output @ matrix @ self.input.mT
+        Args:
+            values: one for each pair of ``output_values`` and ``input_values``.
+            matrix: ``V``, ``(G, d_out, d_in)``.
+        """
+        kept = self.output.shape[2]
+        rows = self.output.mT @ matrix
+        result = self.output @ self._apply_input(values[:, :kept], rows)
+        if kept < self.output.shape[1]:
+            others = matrix - self.output @ rows
+            result += self._apply_input(values[:, kept:], others)
+        return result
+
+    def _apply_input(self, values: Tensor, rows: Tensor) -> Tensor:
+        kept = self.input.shape[2]
+        rotated = rows @ self.input
+        if kept == self.input.shape[1]:
+            return (values * rotated) @ self.input.mT
+        rest = values[:, :, kept:]
+        return ((values[:, :, :kept] - rest) * rotated) @ self.input.mT + rest * rows
+
+    @property
+    def input_counts(self) -> Tensor:
+        """How many directions each of ``input_values`` stands for."""
+        return _counts(self.input, self.input_values)
+
+    @property
+    def output_counts(self) -> Tensor:
+        """How many directions each of ``output_values`` stands for."""
+        return _counts(self.output, self.output_values)
+
+    @property
+    def counts(self) -> Tensor:
+        """How many coordinates each pair of values stands for."""
+        return self.output_counts[:, None] * self.input_counts
+
+
+def _counts(vectors: Tensor, values: Tensor) -> Tensor:
+    counts = values.new_ones(values.shape[1])
+    if vectors.shape[2] < vectors.shape[1]:
+        counts[-1] = vectors.shape[1] - vectors.shape[2]
+    return counts
 
 
 @dataclass(frozen=True)
@@ -81,16 +121,17 @@ class Block(ABC):
     Args:
         layer: the layer.
         group: the optimizer's parameter group of the layer's weight; its ``damping`` is used.
+        rank: eigenvectors that wide factors keep (see `Moment`); None for all.
     """
 
     make_factors: ClassVar[type[Factors]]
     trace_damping: ClassVar[bool]
     """Whether the method knows the paper's damping (3.5) and β."""
 
-    def __init__(self, layer: Layer, group: dict[str, Any]) -> None:
+    def __init__(self, layer: Layer, group: dict[str, Any], rank: int | None = None) -> None:
         self.layer = layer
         self.group = group
-        self.factors = self.make_factors()
+        self.factors = self.make_factors(rank)
         self.basis: Basis | None = None
         self.fc_scale: Tensor | float = 1.0
         """β of the paper: the block is this times the layer's Fisher matrix."""
@@ -142,13 +183,13 @@ class Block(ABC):
     def eigenvalues(self) -> Tensor:
         """The block's eigenvalues, undamped, ``(d_out, d_in)``, one per coordinate of the basis."""
         self._require_basis()
-        return self._eigenvalues().reshape(self.shape)
+        return self._expanded(self._eigenvalues()).reshape(self.shape)
 
     def matvec(self, vector: Tensor) -> Tensor:
         """``F̂ v``, without damping, in the shape of ``vector``."""
         basis = self._require_basis()
-        matrix = self._eigenvalues() * basis.rotate(self._matrix(vector))
-        return self.layer.to_vector(basis.rotate_back(matrix)).reshape(vector.shape)
+        matrix = basis.apply(self._eigenvalues(), self._matrix(vector))
+        return self.layer.to_vector(matrix).reshape(vector.shape)
 
     def inverse_matvec(self, vector: Tensor) -> Tensor:
         """``(F̂ + λ I)⁻¹ v``, or the method's factored form of it, in the shape of ``vector``."""
@@ -170,10 +211,12 @@ class Block(ABC):
                 f"block {self.name!r} has {self.dim} rows; dense() makes matrices of up to "
                 f"{DENSE_LIMIT} rows: use matvec or inverse_matvec"
             )
-        values = self._damped_eigenvalues() if damped else self._eigenvalues()
+        values = self._expanded(self._damped_eigenvalues() if damped else self._eigenvalues())
         parts = []
-        for u_in, u_out, s in zip(basis.input, basis.output, values, strict=True):
-            vectors = torch.kron(u_out, u_in)
+        for u_in, u_out, s in zip(
+            completed(basis.input), completed(basis.output), values, strict=True
+        ):
+            vectors = torch.kron(u_out.contiguous(), u_in.contiguous())
             parts.append((vectors * s.flatten()) @ vectors.mT)
         dense: Tensor = torch.block_diag(*parts)
         numbers = torch.arange(self.dim, device=dense.device).reshape(values.shape)
@@ -199,7 +242,7 @@ class Block(ABC):
     def precondition(self, matrix: Tensor) -> Tensor:
         """``(F̂ + λ I)⁻¹ ∇h`` for a ``(G, d_out, d_in)`` gradient (2.5): rotate, rescale, rotate."""
         basis = self._require_basis()
-        return basis.rotate_back(basis.rotate(matrix) / self._damped_eigenvalues())
+        return basis.apply(self._damped_eigenvalues().reciprocal(), matrix)
 
     def update(
         self, gradient_scale: float | None, factor_decay: float, scale_decay: float
@@ -252,6 +295,9 @@ class Block(ABC):
         self.factors.load_state_dict(_under(state, "factor."))
         basis = _under(state, "basis.")
         self.basis = Basis(**basis) if basis else None
+        if self.basis is not None:
+            self.factors.input.load_probe(self.basis.input)
+            self.factors.output.load_probe(self.basis.output)
         self.silent = bool(state["silent"])
 
     def _adopted(self, value: Tensor) -> Tensor:
@@ -277,9 +323,7 @@ class Block(ABC):
     # -- inside ------------------------------------------------------------------------------------
 
     def _refresh(self) -> bool:
-        assert self.factors.input is not None
-        assert self.factors.output is not None
-        input, output = eigh(self.factors.input), eigh(self.factors.output)
+        input, output = self.factors.input.eigen(), self.factors.output.eigen()
         if input is None or output is None:
             return False
         new = Basis(input[1], output[1], input[0], output[0])
@@ -287,6 +331,12 @@ class Block(ABC):
             self._change_basis(self.basis, new)
         self.basis = new
         return True
+
+    def _expanded(self, values: Tensor) -> Tensor:
+        """Values for every coordinate, ``(G, d_out, d_in)``."""
+        basis = self._require_basis()
+        rows = values.repeat_interleave(basis.output_counts.long(), dim=1)
+        return rows.repeat_interleave(basis.input_counts.long(), dim=2)
 
     def _damping(self) -> Tensor:
         return damping_of(self.group["damping"], self.fc_scale * self.fisher_trace(), self.dim)
@@ -330,14 +380,19 @@ class FactoredBlock(Block):
         root = (self.fc_scale * self.factors.coefficient).sqrt()[:, None]
         damping = self._damping().sqrt()
         input, output = root * basis.input_values, root * basis.output_values
-        ratio = input.mean(1, keepdim=True) / output.mean(1, keepdim=True)
+        # Both traces by their dimensions.
+        ratio = (input @ basis.input_counts / self.layer.d_in)[:, None] / (
+            output @ basis.output_counts / self.layer.d_out
+        )[:, None]
         # A factor that vanishes says nothing about how to share the damping out.
         pi = torch.where(ratio.isfinite() & (ratio > 0), ratio, 1).sqrt()
         return (output + damping / pi)[:, :, None] * (input + damping * pi)[:, None]
 
     def fisher_trace(self) -> Tensor:
         basis = self._require_basis()
-        traces = basis.input_values.sum(1) * basis.output_values.sum(1)
+        traces = (basis.input_values @ basis.input_counts) * (
+            basis.output_values @ basis.output_counts
+        )
         return (self.factors.coefficient * traces).sum()
 
 
@@ -348,10 +403,10 @@ class CorrectedBlock(Block):
     Damping is added to it (3.4).
     """
 
-    def __init__(self, layer: Layer, group: dict[str, Any]) -> None:
-        super().__init__(layer, group)
+    def __init__(self, layer: Layer, group: dict[str, Any], rank: int | None = None) -> None:
+        super().__init__(layer, group, rank)
         self.scale: Tensor | None = None
-        """``S`` or ``Λ``, ``(G, d_out, d_in)``."""
+        """``S`` or ``Λ``, ``(G, d_out, d_in)``: a value for each pair of the basis' eigenvalues."""
         self._sum: Tensor | None = None
         self._rescaled = 0
         self._pending: list[Sample] = []
@@ -398,14 +453,15 @@ class CorrectedBlock(Block):
             return True
         if not bool(torch.isfinite(self._sum).all()):
             return False
-        mean = self._sum * (gradient_scale**2 / self._rescaled)
+        assert self.basis is not None
+        mean = self._sum * (gradient_scale**2 / self._rescaled) / self.basis.counts
         self.scale = averaged(self.scale, mean, decay)
         return True
 
     def _change_basis(self, old: Basis, new: Basis) -> None:
         if self.scale is not None:
             self.scale = carried_over(
-                self.scale, old.input.mT @ new.input, old.output.mT @ new.output
+                self.scale, overlap(old.input, new.input), overlap(old.output, new.output)
             )
 
     def _eigenvalues(self) -> Tensor:
@@ -417,7 +473,7 @@ class CorrectedBlock(Block):
 
     def fisher_trace(self) -> Tensor:
         assert self.scale is not None
-        return self.scale.sum()
+        return (self.scale * self._require_basis().counts).sum()
 
 
 def _under(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

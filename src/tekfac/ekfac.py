@@ -11,6 +11,7 @@ from tekfac.blocks import Block, CorrectedBlock, Due
 from tekfac.checks import check_count, check_decay
 from tekfac.damping import Damping
 from tekfac.factors import KroneckerFactors
+from tekfac.intervals import STATISTICS
 from tekfac.optimizer import Common, NaturalGradient
 
 if TYPE_CHECKING:
@@ -73,5 +74,5 @@ class EKFAC(NaturalGradient):
         super().__init__(model, lr, momentum, damping=damping, **common)
 
     def _due(self, step: int) -> Due:
-        scale = step % self.scale_every == 0
+        scale = self._is_due(step, self.scale_every, STATISTICS)
         return replace(super()._due(step), scale=scale, scale_examples=self.scale_examples)

@@ -12,24 +12,24 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from tekfac.statistics import averaged, second_moment, square_norms, symmetric
+from tekfac.moments import Moment
+from tekfac.statistics import averaged, square_norms
 
 
 class Factors(ABC):
     """A running estimate of a pair of Kronecker factors and the sums of the batch in flight.
 
+    Args:
+        rank: eigenvectors that wide factors keep (see `Moment`); None for all.
+
     Attributes:
-        input: ``(G, d_in, d_in)``, or None before the first batch.
-        output: ``(G, d_out, d_out)``, or None before the first batch.
+        input: of shape ``(G, d_in, d_in)``.
+        output: of shape ``(G, d_out, d_out)``.
     """
 
-    names: tuple[str, ...]
-    """Names of the tensors that `state_dict` holds."""
-
-    def __init__(self) -> None:
-        self.input: Tensor | None = None
-        self.output: Tensor | None = None
-        self._sums: dict[str, Tensor] = {}
+    def __init__(self, rank: int | None = None) -> None:
+        self.input = Moment(rank)
+        self.output = Moment(rank)
 
     @abstractmethod
     def add(self, a: Tensor, g: Tensor, first: bool) -> None:
@@ -64,37 +64,43 @@ class Factors(ABC):
     @property
     def empty(self) -> bool:
         """Whether there is no estimate yet."""
-        return self.input is None
+        return self.input.value is None
 
     @property
     def silent(self) -> bool:
         """Whether the batch in flight holds no gradient at all."""
-        return not bool(self._sums["output"].any())
+        assert self.output.sum is not None
+        return not bool(self.output.sum.any())
 
     def clear(self) -> None:
         """Forget the batch in flight."""
-        self._sums = {}
+        self.input.clear()
+        self.output.clear()
 
     def state_dict(self) -> dict[str, Tensor]:
         """The running estimate, as tensors by name; empty before the first batch."""
-        return {} if self.empty else {name: getattr(self, name) for name in self.names}
+        state = {}
+        for name, moment in self._moments():
+            if moment.value is not None:
+                state[name] = moment.value
+            if moment.trace is not None:
+                state[f"{name}_trace"] = moment.trace
+        return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over an estimate returned by `state_dict`."""
+        """Take over an estimate returned by `state_dict`.
+
+        Its probes are the bases' vectors; whoever has these gives them back to the moments.
+        """
         self.clear()
-        for name in self.names:
-            setattr(self, name, state.get(name))
+        for name, moment in self._moments():
+            moment.value, moment.trace = state.get(name), state.get(f"{name}_trace")
 
-    def _add_moment(self, name: str, rows: Tensor, weights: Tensor | float) -> None:
-        self._sums[name] = second_moment(rows, weights, self._sums.get(name))
+    def _moments(self) -> tuple[tuple[str, Moment], tuple[str, Moment]]:
+        return ("input", self.input), ("output", self.output)
 
-    def _take(self) -> dict[str, Tensor] | None:
-        """The sums of the batch, which are cleared; None if they are not finite."""
-        sums, self._sums = self._sums, {}
-        for name in ("input", "output"):
-            sums[name] = symmetric(sums[name])
-        finite = all(bool(torch.isfinite(value).all()) for value in sums.values())
-        return sums if finite else None
+    def _finite(self) -> bool:
+        return self.input.finite() and self.output.finite()
 
 
 class KroneckerFactors(Factors):
@@ -103,26 +109,22 @@ class KroneckerFactors(Factors):
     The block is taken to be ``A ⊗ G``, as if inputs and output gradients were uncorrelated.
     """
 
-    names = ("input", "output")
-
     def add(self, a: Tensor, g: Tensor, first: bool) -> None:
         if first:
-            self._add_moment("input", a, g.shape[2] / a.shape[2])
-        self._add_moment("output", g, 1 / g.shape[2])
+            self.input.add(a, g.shape[2] / a.shape[2])
+        self.output.add(g, 1 / g.shape[2])
 
     def update(self, examples: int, gradient_scale: float, decay: float) -> bool:
-        sums = self._take()
-        if sums is None:
+        if not self._finite():
             return False
-        self.input = averaged(self.input, sums["input"].div_(examples), decay)
-        output = sums["output"].mul_(gradient_scale**2 / examples)
-        self.output = averaged(self.output, output, decay)
+        self.input.average(examples, decay)
+        self.output.average(examples / gradient_scale**2, decay)
         return True
 
     @property
     def coefficient(self) -> Tensor:
-        assert self.input is not None
-        return self.input.new_ones(self.input.shape[0])
+        assert self.input.value is not None
+        return self.input.value.new_ones(self.input.value.shape[0])
 
 
 class TraceRestrictedFactors(Factors):
@@ -133,39 +135,51 @@ class TraceRestrictedFactors(Factors):
     without any gradient says nothing about either and leaves the estimate as it is.
     """
 
-    names = ("input", "output", "delta")
-
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, rank: int | None = None) -> None:
+        super().__init__(rank)
         self.delta: Tensor | None = None
+        self._delta: Tensor | None = None
 
     def add(self, a: Tensor, g: Tensor, first: bool) -> None:
         times = g.shape[2] / a.shape[2]
         trace_omega = square_norms(a) * times
         trace_gamma = square_norms(g) / g.shape[2]
-        self._add_moment("input", a, trace_gamma * times)
-        self._add_moment("output", g, trace_omega / g.shape[2])
+        self.input.add(a, trace_gamma * times)
+        self.output.add(g, trace_omega / g.shape[2])
         delta = (trace_omega * trace_gamma).sum(dim=1)
-        self._sums["delta"] = self._sums.get("delta", 0) + delta
+        self._delta = delta if self._delta is None else self._delta.add_(delta)
 
     def update(self, examples: int, gradient_scale: float, decay: float) -> bool:
-        sums = self._take()
-        if sums is None:
+        if not self._finite():
             return False
-        delta = sums["delta"][:, None, None]
-        divisor = torch.where(delta > 0, delta, 1)
-        past = torch.where(delta > 0, delta.new_full((), decay), 1)
-        for name in ("input", "output"):
-            new, old = sums[name].div_(divisor), getattr(self, name)
-            if old is None:
+        assert self._delta is not None
+        delta, first = self._delta, self.empty
+        silent = delta <= 0
+        divisor = torch.where(silent, 1, delta)
+        past = torch.where(silent, 1, delta.new_full((), decay))
+        for moment in (self.input, self.output):
+            moment.average(divisor, past)
+            if first:
                 # Of a group without any gradient no direction is known to differ from another.
-                new.diagonal(dim1=1, dim2=2).add_((delta[:, 0] <= 0) / new.shape[-1])
-            else:
-                new.lerp_(old, past)
-            setattr(self, name, new)
-        mean = sums["delta"] * (gradient_scale**2 / examples)
-        self.delta = averaged(self.delta, mean, decay)
+                moment.add_identity(silent.to(delta.dtype))
+        self.delta = averaged(self.delta, delta * (gradient_scale**2 / examples), decay)
         return True
+
+    def clear(self) -> None:
+        super().clear()
+        self._delta = None
+
+    def _finite(self) -> bool:
+        assert self._delta is not None
+        return super()._finite() and bool(torch.isfinite(self._delta).all())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        state = super().state_dict()
+        return state if self.delta is None else state | {"delta": self.delta}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        super().load_state_dict(state)
+        self.delta = state.get("delta")
 
     @property
     def coefficient(self) -> Tensor:

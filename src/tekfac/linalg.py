@@ -34,3 +34,62 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor] | None:
             values = (values * size.squeeze(-1)).clamp_min(0)
             return values.to(matrix.dtype), vectors.to(matrix.dtype)
     return None
+
+
+def orthonormal(groups: int, width: int, rank: int, like: Tensor) -> Tensor:
+    """``rank`` random orthonormal columns, ``(groups, width, rank)``, always the same."""
+    generator = torch.Generator().manual_seed(width)
+    normal = torch.randn(width, rank, generator=generator, dtype=torch.float64)
+    columns: Tensor = torch.linalg.qr(normal).Q
+    return columns.to(like).expand(groups, -1, -1)
+
+
+def leading(product: Tensor, probe: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Leading eigenvectors of symmetric positive semi-definite ``M``, known by ``M P`` alone.
+
+    They are those of Nyström's approximation ``(M P) (Pᵀ M P)⁻¹ (M P)ᵀ``, in the form that is
+    stable in floating point (Tropp et al., 2017): exact if ``M`` has no more rank than ``P`` has
+    columns, and one step of subspace iteration from ``P`` otherwise.
+
+    Args:
+        product: ``M P``, ``(G, d, k)``.
+        probe: ``P``, ``(G, d, k)``, orthonormal columns.
+
+    Returns:
+        Eigenvalues ``(G, k)``, ascending and not negative, and eigenvectors ``(G, d, k)`` in
+        columns; None if the computation failed.
+    """
+    if not bool(torch.isfinite(product).all()):
+        return None
+    size = product.abs().amax(dim=(-2, -1), keepdim=True)
+    size = torch.where(size > 0, size, torch.ones_like(size))
+    scaled = product / size
+    # Enough for the Cholesky factor to exist, too little to be seen in the result.
+    eps = torch.finfo(product.dtype).eps
+    shift = (10 * eps * scaled.norm(dim=(-2, -1), keepdim=True)).clamp_min(eps)
+    shifted = scaled + shift * probe
+    core = (probe.mT @ shifted).double()
+    factor, failed = torch.linalg.cholesky_ex((core + core.mT) / 2)
+    if bool(failed.any()):
+        return None
+    root = torch.linalg.solve_triangular(factor.mT, shifted.double(), upper=True, left=False)
+    # The squares of its singular values are the eigenvalues. In float64 the Gram matrix does, which
+    # is far faster than a singular value decomposition.
+    try:
+        squares, rotation = torch.linalg.eigh(root.mT @ root)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        return None
+    vectors = (root @ rotation) / squares.clamp_min(torch.finfo(squares.dtype).tiny).sqrt()[:, None]
+    values = (squares - shift.double().flatten(1)).clamp_min(0) * size.double().flatten(1)
+    if not (bool(torch.isfinite(values).all()) and bool(torch.isfinite(vectors).all())):
+        return None
+    return values.to(product.dtype), vectors.to(product.dtype)
+
+
+def completed(vectors: Tensor) -> Tensor:
+    """Orthonormal columns ``(G, d, k)`` and as many more as make them a basis, ``(G, d, d)``."""
+    d, k = vectors.shape[1:]
+    if k == d:
+        return vectors
+    whole: Tensor = torch.linalg.qr(vectors, mode="complete").Q
+    return torch.cat([vectors, whole[:, :, k:]], dim=2)

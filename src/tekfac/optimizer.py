@@ -25,6 +25,7 @@ from tekfac.checks import check_count, check_decay, check_not_negative, check_po
 from tekfac.damping import Damping, TraceDamping, check_damping
 from tekfac.first_order import Adam, adam_step, decay_weights
 from tekfac.fisher import LIKELIHOODS, ExactFisher, Fisher, Likelihood, SampledFisher
+from tekfac.intervals import BASES, STATISTICS, is_due
 from tekfac.layers import assign, kind_of
 
 
@@ -42,8 +43,10 @@ class Common(TypedDict, total=False):
     kl_clip: float | None
     factor_every: int
     basis_every: int
+    interval_warmup: bool
     factor_decay: float
     factor_rows: int | None
+    rank: int | None
     exclude: Sequence[str | type[nn.Module]]
     first_order: Adam
     params: Iterable[dict[str, Any]] | None
@@ -92,10 +95,15 @@ class NaturalGradient(torch.optim.Optimizer):
             ``min(1, sqrt(kl_clip / Σ lr² ⟨u, ∇h⟩))``.
         factor_every: steps between statistics for the factors, ``T_FIM`` of the paper.
         basis_every: steps between refreshes of the eigenbasis, ``T_EIG``.
+        interval_warmup: let intervals of 10 steps or more be shorter early in training: at most an
+            eighth of the steps taken for statistics, a quarter for the basis (`tekfac.intervals`).
         factor_decay: ε2 of (3.6) and (3.7), in [0, 1): the weight of the past.
         factor_rows: in layers with many positions, inputs that the input-side factor is estimated
             from in each batch, for each of its columns: at evenly spread positions of every
             example. Layers with little work are measured whole (`tekfac.sampling`). None for all.
+        rank: eigenvectors kept of a wide factor, one wider than three times that; the directions
+            orthogonal to them share one eigenvalue, which keeps the trace. It bounds what memory,
+            refreshes and preconditioning cost in wide layers. None for all eigenvectors always.
         exclude: names of modules (with all that is inside) and module classes left to
             ``first_order``.
         first_order: the rule for every other parameter.
@@ -115,8 +123,10 @@ class NaturalGradient(torch.optim.Optimizer):
     _settings: ClassVar[tuple[str, ...]] = (
         "factor_every",
         "basis_every",
+        "interval_warmup",
         "factor_decay",
         "factor_rows",
+        "rank",
         "kl_clip",
     )
 
@@ -138,8 +148,10 @@ class NaturalGradient(torch.optim.Optimizer):
         kl_clip: float | None = None,
         factor_every: int = 10,
         basis_every: int = 100,
+        interval_warmup: bool = True,
         factor_decay: float = 0.95,
         factor_rows: int | None = 8,
+        rank: int | None = 512,
         exclude: Sequence[str | type[nn.Module]] = (),
         first_order: Adam = Adam(),
         params: Iterable[dict[str, Any]] | None = None,
@@ -159,6 +171,8 @@ class NaturalGradient(torch.optim.Optimizer):
         check_decay("factor_decay", factor_decay)
         if factor_rows is not None:
             check_count("factor_rows", factor_rows)
+        if rank is not None:
+            check_count("rank", rank)
         if kl_clip is not None:
             check_positive("kl_clip", kl_clip)
         if not isinstance(first_order, Adam):
@@ -166,8 +180,9 @@ class NaturalGradient(torch.optim.Optimizer):
 
         self.model = model
         self.factor_every, self.basis_every = factor_every, basis_every
+        self.interval_warmup = interval_warmup
         self.factor_decay, self.kl_clip = factor_decay, kl_clip
-        self.factor_rows = factor_rows
+        self.factor_rows, self.rank = factor_rows, rank
         self.loss_reduction = loss_reduction
         self.first_order = first_order
         self.fisher = _make_fisher(fisher, likelihood, mc_samples, generator)
@@ -343,7 +358,7 @@ class NaturalGradient(torch.optim.Optimizer):
             if name in self._blocks or kind is None or (weight is None and bias is None):
                 continue
             layer = kind(name, module, weight, bias)
-            self._blocks[name] = self.make_block(layer, group_of[layer.parameters[0]])
+            self._blocks[name] = self.make_block(layer, group_of[layer.parameters[0]], self.rank)
         self._listen()
 
     def _group_of(self) -> dict[Tensor, dict[str, Any]]:
@@ -419,9 +434,12 @@ class NaturalGradient(torch.optim.Optimizer):
 
     def _due(self, step: int) -> Due:
         """What is due in a step, counted from 0."""
-        factors = step % self.factor_every == 0
-        basis = step % self.basis_every == 0
+        factors = self._is_due(step, self.factor_every, STATISTICS)
+        basis = self._is_due(step, self.basis_every, BASES)
         return Due(factors, scale=False, basis=basis, factor_rows=self.factor_rows)
+
+    def _is_due(self, step: int, every: int, divisor: int) -> bool:
+        return is_due(step, every, divisor if self.interval_warmup else None)
 
     def _set_due(self) -> None:
         usual = self._due(self._counters["steps"])

@@ -10,6 +10,7 @@ gradients ``g`` of shape ``(G, N, T, d_out)`` for ``N`` examples at ``T`` positi
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 # Entries of the per-example gradients held at once (4 MiB in float32).
@@ -50,6 +51,25 @@ def second_moment(rows: Tensor, weights: Tensor | float, total: Tensor | None = 
     return total
 
 
+def sketched(
+    rows: Tensor, weights: Tensor | float, probe: Tensor, total: Tensor | None = None
+) -> Tensor:
+    """``(Σ_n w_n Σ_t x_nt x_ntᵀ) P``, without the matrix in between.
+
+    Args:
+        rows: ``(G, N, T, d)``.
+        weights: one per example, ``(G, N)``, or one for all.
+        probe: ``P``, ``(G, d, k)``.
+        total: what to add the sum to, in place.
+
+    Returns:
+        Shape ``(G, d, k)``.
+    """
+    seen = rotated(rows, probe)
+    seen.mul_(weights[:, :, None, None] if isinstance(weights, Tensor) else weights)
+    return added(total, rows.flatten(1, 2).mT, seen.flatten(1, 2))
+
+
 def symmetric(upper: Tensor) -> Tensor:
     """The symmetric matrices ``(..., d, d)`` with this upper triangle, in place."""
     upper.triu_()
@@ -66,33 +86,66 @@ def squared_gradients(
 ) -> Tensor:
     """``Σ_n (U_outᵀ D_n U_in)^∘2``, the entries of E[...^∘2] in (2.7) and (3.2) before the mean.
 
+    A side of which a basis has only the leading eigenvectors gets one more row (or column) for all
+    others together: the sum of all entries is ``Σ_n ‖D_n‖²`` in any case.
+
     The rotation is done before or after the sum over positions, whichever takes fewer operations;
     with one position no per-example matrix is formed at all.
 
     Args:
-        basis_in: ``(G, d_in, d_in)``, eigenvectors in columns.
-        basis_out: ``(G, d_out, d_out)``.
+        basis_in: ``(G, d_in, k_in)``, eigenvectors in columns.
+        basis_out: ``(G, d_out, k_out)``.
         total: what to add the sum to, in place.
 
     Returns:
-        Shape ``(G, d_out, d_in)``.
+        Shape ``(G, d_out, d_in)``, or ``k + 1`` in place of ``d`` where ``k < d``.
     """
     positions, d_in, d_out = a.shape[2], a.shape[3], g.shape[3]
-    before, after = rotation_costs(positions, d_in, d_out)
-    rotate_first = before < after
-    if positions == 1 or rotate_first:
-        a, g = rotated(a, basis_in), rotated(g, basis_out)
     if positions == 1:
-        return added(total, g.square().flatten(1, 2).mT, a.square().flatten(1, 2))
+        return added(
+            total,
+            _with_rest(rotated(g, basis_out).square_(), g).flatten(1, 2).mT,
+            _with_rest(rotated(a, basis_in).square_(), a).flatten(1, 2),
+        )
+    before, after = rotation_costs(positions, d_in, d_out)
+    truncated = basis_in.shape[2] < d_in or basis_out.shape[2] < d_out
     step = max(1, GRADIENT_ENTRIES // (a.shape[0] * d_in * d_out))
     for few_a, few_g in zip(a.split(step, dim=1), g.split(step, dim=1), strict=True):
-        gradients = few_g.mT @ few_a
-        if not rotate_first:
-            gradients = basis_out.mT[:, None] @ rotated(gradients, basis_in)
-        squares = gradients.square_().sum(dim=1)
+        if truncated:
+            squares = _truncated_squares(few_a, few_g, basis_in, basis_out)
+        elif before < after:
+            gradients = rotated(few_g, basis_out).mT @ rotated(few_a, basis_in)
+            squares = gradients.square_().sum(dim=1)
+        else:
+            gradients = basis_out.mT[:, None] @ rotated(few_g.mT @ few_a, basis_in)
+            squares = gradients.square_().sum(dim=1)
         total = squares if total is None else total.add_(squares)
     assert total is not None
     return total
+
+
+def _with_rest(squares: Tensor, rows: Tensor) -> Tensor:
+    """Squares of rotated rows, and what they lack of ``‖x‖²`` if the basis is not whole."""
+    if squares.shape[-1] == rows.shape[-1]:
+        return squares
+    rest = rows.square().sum(-1, keepdim=True) - squares.sum(-1, keepdim=True)
+    return torch.cat([squares, rest.clamp_min_(0)], dim=-1)
+
+
+def _truncated_squares(a: Tensor, g: Tensor, basis_in: Tensor, basis_out: Tensor) -> Tensor:
+    """`squared_gradients` of a few examples, in bases of leading eigenvectors."""
+    inputs, outputs = rotated(a, basis_in), rotated(g, basis_out)
+    squares = (outputs.mT @ inputs).square_().sum(dim=1)
+    if basis_in.shape[2] < a.shape[3]:
+        whole = (outputs.mT @ a).square_().sum(dim=(1, 3))
+        squares = torch.cat([squares, (whole - squares.sum(-1))[..., None]], dim=2)
+    if basis_out.shape[2] < g.shape[3]:
+        whole = (g.mT @ inputs).square_().sum(dim=(1, 2))
+        if basis_in.shape[2] < a.shape[3]:
+            everything = (g.mT @ a).square_().sum(dim=(1, 2, 3))
+            whole = torch.cat([whole, (everything - whole.sum(-1))[:, None]], dim=1)
+        squares = torch.cat([squares, (whole - squares.sum(-2))[:, None]], dim=1)
+    return squares.clamp_min_(0)
 
 
 def rotation_costs(positions: int, d_in: int, d_out: int) -> tuple[int, int]:
@@ -102,10 +155,10 @@ def rotation_costs(positions: int, d_in: int, d_out: int) -> tuple[int, int]:
 
 def rotated(rows: Tensor, basis: Tensor) -> Tensor:
     """``rows @ basis`` for ``(G, N, T, d)`` and ``(G, d, d)``, as one product per group."""
-    return (rows.flatten(1, 2) @ basis).view(rows.shape)
+    return (rows.flatten(1, 2) @ basis).view(*rows.shape[:3], -1)
 
 
-def carried_over(scale: Tensor, rotation_in: Tensor, rotation_out: Tensor) -> Tensor:
+def carried_over(scale: Tensor, overlap_in: Tensor, overlap_out: Tensor) -> Tensor:
     """A rescaling, known in one basis, in another: ``(R_out∘R_out)ᵀ Λ (R_in∘R_in)``.
 
     It is the diagonal, in the new basis, of the very matrix that the old basis and rescaling stood
@@ -113,12 +166,38 @@ def carried_over(scale: Tensor, rotation_in: Tensor, rotation_out: Tensor) -> Te
 
     Args:
         scale: ``Λ`` in the old basis, ``(G, d_out, d_in)``.
-        rotation_in: ``R_in = U_inᵀ U'_in``, ``(G, d_in, d_in)``.
-        rotation_out: ``R_out = U_outᵀ U'_out``, ``(G, d_out, d_out)``.
+        overlap_in: ``R_in∘R_in`` by `overlap`, ``(G, d_in, d_in)``.
+        overlap_out: ``R_out∘R_out``, ``(G, d_out, d_out)``.
     """
-    return rotation_out.square().mT @ scale @ rotation_in.square()
+    return overlap_out.mT @ scale @ overlap_in
 
 
-def averaged(old: Tensor | None, new: Tensor, decay: float) -> Tensor:
+def overlap(old: Tensor, new: Tensor) -> Tensor:
+    """``R∘R`` for ``R = Uᵀ U'``: how much of each new eigenvector each old one is.
+
+    Where a basis has only the leading eigenvectors, all others count as one more. That is of
+    several directions: as a new one it holds their mean.
+
+    Args:
+        old: ``U``, ``(G, d, k)``.
+        new: ``U'``, ``(G, d, k')``.
+
+    Returns:
+        Shape ``(G, k, k')``, or one more where ``k < d``.
+    """
+    d, kept, kept_new = old.shape[1], old.shape[2], new.shape[2]
+    squares = (old.mT @ new).square_()
+    if kept < d:
+        squares = torch.cat([squares, (1 - squares.sum(1, keepdim=True)).clamp_min_(0)], dim=1)
+    if kept_new < d:
+        there = squares.new_ones(squares.shape[1], 1)
+        if kept < d:
+            there[-1] = d - kept
+        rest = (there - squares.sum(2, keepdim=True)).clamp_min_(0) / (d - kept_new)
+        squares = torch.cat([squares, rest], dim=2)
+    return squares
+
+
+def averaged(old: Tensor | None, new: Tensor, decay: Tensor | float) -> Tensor:
     """Exponential moving average (3.6 to 3.8) in place of ``new``; the first is taken whole."""
     return new if old is None else new.lerp_(old, decay)
