@@ -23,6 +23,9 @@ from tekfac.statistics import averaged, carried_over, overlap, squared_gradients
 
 DENSE_LIMIT = 8192
 
+# The large parts of a block's state.
+STORED = ("factor.input", "factor.output", "basis.input", "basis.output", "scale")
+
 
 @dataclass
 class Basis:
@@ -50,21 +53,21 @@ class Basis:
             values: one for each pair of ``output_values`` and ``input_values``.
             matrix: ``V``, ``(G, d_out, d_in)``.
         """
-        kept = self.output.shape[2]
-        rows = self.output.mT @ matrix
-        result = self.output @ self._apply_input(values[:, :kept], rows)
-        if kept < self.output.shape[1]:
-            others = matrix - self.output @ rows
+        output, kept = self.output.to(matrix.dtype), self.output.shape[2]
+        rows = output.mT @ matrix
+        result = output @ self._apply_input(values[:, :kept], rows)
+        if kept < output.shape[1]:
+            others = matrix - output @ rows
             result += self._apply_input(values[:, kept:], others)
         return result
 
     def _apply_input(self, values: Tensor, rows: Tensor) -> Tensor:
-        kept = self.input.shape[2]
-        rotated = rows @ self.input
-        if kept == self.input.shape[1]:
-            return (values * rotated) @ self.input.mT
+        input, kept = self.input.to(rows.dtype), self.input.shape[2]
+        rotated = rows @ input
+        if kept == input.shape[1]:
+            return (values * rotated) @ input.mT
         rest = values[:, :, kept:]
-        return ((values[:, :, :kept] - rest) * rotated) @ self.input.mT + rest * rows
+        return ((values[:, :, :kept] - rest) * rotated) @ input.mT + rest * rows
 
     @property
     def input_counts(self) -> Tensor:
@@ -122,16 +125,25 @@ class Block(ABC):
         layer: the layer.
         group: the optimizer's parameter group of the layer's weight; its ``damping`` is used.
         rank: eigenvectors that wide factors keep (see `Moment`); None for all.
+        storage: what factors, eigenvectors and rescaling are kept in between steps; None for what
+            they are computed in.
     """
 
     make_factors: ClassVar[type[Factors]]
     trace_damping: ClassVar[bool]
     """Whether the method knows the paper's damping (3.5) and β."""
 
-    def __init__(self, layer: Layer, group: dict[str, Any], rank: int | None = None) -> None:
+    def __init__(
+        self,
+        layer: Layer,
+        group: dict[str, Any],
+        rank: int | None = None,
+        storage: torch.dtype | None = None,
+    ) -> None:
         self.layer = layer
         self.group = group
-        self.factors = self.make_factors(rank)
+        self._storage = storage
+        self.factors = self.make_factors(rank, storage)
         self.basis: Basis | None = None
         self.fc_scale: Tensor | float = 1.0
         """β of the paper: the block is this times the layer's Fisher matrix."""
@@ -161,6 +173,11 @@ class Block(ABC):
     def dim(self) -> int:
         """Rows of the block, ``d_out d_in``."""
         return self.shape[0] * self.shape[1]
+
+    @property
+    def storage(self) -> torch.dtype:
+        """What factors, eigenvectors and rescaling are kept in."""
+        return self.layer.dtype if self._storage is None else self._storage
 
     @property
     def empty(self) -> bool:
@@ -214,7 +231,10 @@ class Block(ABC):
         values = self._expanded(self._damped_eigenvalues() if damped else self._eigenvalues())
         parts = []
         for u_in, u_out, s in zip(
-            completed(basis.input), completed(basis.output), values, strict=True
+            completed(basis.input.to(values.dtype)),
+            completed(basis.output.to(values.dtype)),
+            values,
+            strict=True,
         ):
             vectors = torch.kron(u_out.contiguous(), u_in.contiguous())
             parts.append((vectors * s.flatten()) @ vectors.mT)
@@ -289,19 +309,24 @@ class Block(ABC):
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over what `state_dict` gave, in copies on the layer's device, in its precision."""
+        """Take over what `state_dict` gave, in copies on the layer's device and as kept here."""
         self.discard()
-        state = {name: self._adopted(value) for name, value in state.items()}
+        state = {name: self._adopted(name, value) for name, value in state.items()}
         self.factors.load_state_dict(_under(state, "factor."))
         basis = _under(state, "basis.")
         self.basis = Basis(**basis) if basis else None
-        if self.basis is not None:
-            self.factors.input.load_probe(self.basis.input)
-            self.factors.output.load_probe(self.basis.output)
+        if self.basis is not None:  # wide factors are known on its vectors
+            for moment, vectors in (
+                (self.factors.input, self.basis.input),
+                (self.factors.output, self.basis.output),
+            ):
+                if moment.probe is not None:
+                    moment.probe = vectors
         self.silent = bool(state["silent"])
 
-    def _adopted(self, value: Tensor) -> Tensor:
-        return value.to(self.layer.parameters[0].device, self.layer.dtype, copy=True)
+    def _adopted(self, name: str, value: Tensor) -> Tensor:
+        dtype = self.storage if name in STORED else self.layer.dtype
+        return value.to(self.layer.parameters[0].device, dtype, copy=True)
 
     # -- what the rescaling decides ----------------------------------------------------------------
 
@@ -326,7 +351,8 @@ class Block(ABC):
         input, output = self.factors.input.eigen(), self.factors.output.eigen()
         if input is None or output is None:
             return False
-        new = Basis(input[1], output[1], input[0], output[0])
+        vectors = input[1].to(self.storage), output[1].to(self.storage)
+        new = Basis(*vectors, input[0], output[0])
         if self.basis is not None:
             self._change_basis(self.basis, new)
         self.basis = new
@@ -403,8 +429,14 @@ class CorrectedBlock(Block):
     Damping is added to it (3.4).
     """
 
-    def __init__(self, layer: Layer, group: dict[str, Any], rank: int | None = None) -> None:
-        super().__init__(layer, group, rank)
+    def __init__(
+        self,
+        layer: Layer,
+        group: dict[str, Any],
+        rank: int | None = None,
+        storage: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(layer, group, rank, storage)
         self.scale: Tensor | None = None
         """``S`` or ``Λ``, ``(G, d_out, d_in)``: a value for each pair of the basis' eigenvalues."""
         self._sum: Tensor | None = None
@@ -439,12 +471,13 @@ class CorrectedBlock(Block):
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         super().load_state_dict(state)
         scale = state.get("scale")
-        self.scale = None if scale is None else self._adopted(scale)
+        self.scale = None if scale is None else self._adopted("scale", scale)
 
     def _add_squares(self, sample: Sample) -> None:
         assert self.basis is not None
         for a, g in self.layer.chunks(sample):
-            self._sum = squared_gradients(a, g, self.basis.input, self.basis.output, self._sum)
+            input, output = self.basis.input.to(a.dtype), self.basis.output.to(a.dtype)
+            self._sum = squared_gradients(a, g, input, output, self._sum)
 
     def _rescale(self, gradient_scale: float, decay: float) -> bool:
         for sample in self._pending:
@@ -455,25 +488,29 @@ class CorrectedBlock(Block):
             return False
         assert self.basis is not None
         mean = self._sum * (gradient_scale**2 / self._rescaled) / self.basis.counts
-        self.scale = averaged(self.scale, mean, decay)
+        old = None if self.scale is None else self.scale.to(mean.dtype)
+        self.scale = averaged(old, mean, decay).to(self.storage)
         return True
 
     def _change_basis(self, old: Basis, new: Basis) -> None:
         if self.scale is not None:
-            self.scale = carried_over(
-                self.scale, overlap(old.input, new.input), overlap(old.output, new.output)
+            dtype = self.layer.dtype
+            overlaps = (
+                overlap(u.to(dtype), v.to(dtype))
+                for u, v in ((old.input, new.input), (old.output, new.output))
             )
+            self.scale = carried_over(self.scale.to(dtype), *overlaps).to(self.storage)
 
     def _eigenvalues(self) -> Tensor:
         assert self.scale is not None
-        return self.fc_scale * self.scale
+        return self.fc_scale * self.scale.to(self.layer.dtype)
 
     def _damped_eigenvalues(self) -> Tensor:
         return self._eigenvalues() + self._damping()
 
     def fisher_trace(self) -> Tensor:
         assert self.scale is not None
-        return (self.scale * self._require_basis().counts).sum()
+        return (self.scale.to(self.layer.dtype) * self._require_basis().counts).sum()
 
 
 def _under(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -21,15 +21,16 @@ class Factors(ABC):
 
     Args:
         rank: eigenvectors that wide factors keep (see `Moment`); None for all.
+        storage: what they are kept in; None for what they are computed in.
 
     Attributes:
         input: of shape ``(G, d_in, d_in)``.
         output: of shape ``(G, d_out, d_out)``.
     """
 
-    def __init__(self, rank: int | None = None) -> None:
-        self.input = Moment(rank)
-        self.output = Moment(rank)
+    def __init__(self, rank: int | None, storage: torch.dtype | None) -> None:
+        self.input = Moment(rank, storage)
+        self.output = Moment(rank, storage)
 
     @abstractmethod
     def add(self, a: Tensor, g: Tensor, first: bool) -> None:
@@ -88,13 +89,9 @@ class Factors(ABC):
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over an estimate returned by `state_dict`.
-
-        Its probes are the bases' vectors; whoever has these gives them back to the moments.
-        """
-        self.clear()
+        """Take over an estimate returned by `state_dict`."""
         for name, moment in self._moments():
-            moment.value, moment.trace = state.get(name), state.get(f"{name}_trace")
+            moment.load(state.get(name), state.get(f"{name}_trace"))
 
     def _moments(self) -> tuple[tuple[str, Moment], tuple[str, Moment]]:
         return ("input", self.input), ("output", self.output)
@@ -123,8 +120,10 @@ class KroneckerFactors(Factors):
 
     @property
     def coefficient(self) -> Tensor:
-        assert self.input.value is not None
-        return self.input.value.new_ones(self.input.value.shape[0])
+        value = self.input.value
+        assert value is not None
+        dtype = torch.promote_types(value.dtype, torch.float32)
+        return value.new_ones(value.shape[0], dtype=dtype)
 
 
 class TraceRestrictedFactors(Factors):
@@ -135,8 +134,8 @@ class TraceRestrictedFactors(Factors):
     without any gradient says nothing about either and leaves the estimate as it is.
     """
 
-    def __init__(self, rank: int | None = None) -> None:
-        super().__init__(rank)
+    def __init__(self, rank: int | None, storage: torch.dtype | None) -> None:
+        super().__init__(rank, storage)
         self.delta: Tensor | None = None
         self._delta: Tensor | None = None
 

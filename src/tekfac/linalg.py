@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# Of ten times more each: from rounding errors of float32 to several percent.
+SHIFTS = 6
+
 
 def eigh(matrix: Tensor) -> tuple[Tensor, Tensor] | None:
     """Eigendecomposition of symmetric positive semi-definite matrices, retried before it gives up.
@@ -64,13 +67,17 @@ def leading(product: Tensor, probe: Tensor) -> tuple[Tensor, Tensor] | None:
     size = product.abs().amax(dim=(-2, -1), keepdim=True)
     size = torch.where(size > 0, size, torch.ones_like(size))
     scaled = product / size
-    # Enough for the Cholesky factor to exist, too little to be seen in the result.
+    # As little as lets the Cholesky factor exist: rounding makes small eigenvalues negative.
     eps = torch.finfo(product.dtype).eps
-    shift = (10 * eps * scaled.norm(dim=(-2, -1), keepdim=True)).clamp_min(eps)
-    shifted = scaled + shift * probe
-    core = (probe.mT @ shifted).double()
-    factor, failed = torch.linalg.cholesky_ex((core + core.mT) / 2)
-    if bool(failed.any()):
+    shift = (eps * scaled.norm(dim=(-2, -1), keepdim=True)).clamp_min(eps)
+    for _ in range(SHIFTS):
+        shift = 10 * shift
+        shifted = scaled + shift * probe
+        core = (probe.mT @ shifted).double()
+        factor, failed = torch.linalg.cholesky_ex((core + core.mT) / 2)
+        if not bool(failed.any()):
+            break
+    else:
         return None
     root = torch.linalg.solve_triangular(factor.mT, shifted.double(), upper=True, left=False)
     # The squares of its singular values are the eigenvalues. In float64 the Gram matrix does, which

@@ -19,6 +19,7 @@ class Moment:
 
     Args:
         rank: eigenvectors that are kept of a wide side; None for all.
+        storage: what the estimate is kept in between steps; None for what it is computed in.
 
     Attributes:
         value: ``(G, d, d)``, or ``M P``, ``(G, d, rank)``; None before the first batch.
@@ -26,8 +27,9 @@ class Moment:
         probe: ``P``, ``(G, d, rank)``, or None.
     """
 
-    def __init__(self, rank: int | None) -> None:
+    def __init__(self, rank: int | None, storage: torch.dtype | None) -> None:
         self.rank = rank
+        self.storage = storage
         self.value: Tensor | None = None
         self.trace: Tensor | None = None
         self.probe: Tensor | None = None
@@ -49,7 +51,7 @@ class Moment:
         if self.probe is None:
             self.sum = second_moment(rows, weights, self.sum)
         else:
-            self.sum = sketched(rows, weights, self.probe, self.sum)
+            self.sum = sketched(rows, weights, self.probe.to(rows.dtype), self.sum)
             trace = (square_norms(rows) * weights).sum(dim=1)
             self._trace_sum = trace if self._trace_sum is None else self._trace_sum.add_(trace)
 
@@ -63,7 +65,8 @@ class Moment:
         assert self.sum is not None
         new = symmetric(self.sum) if self.probe is None else self.sum
         new.div_(_for_matrices(divisor))
-        self.value = averaged(self.value, new, _for_matrices(past))
+        old = None if self.value is None else self.value.to(new.dtype)
+        self.value = averaged(old, new, _for_matrices(past)).to(self.storage or new.dtype)
         if self._trace_sum is not None:
             self.trace = averaged(self.trace, self._trace_sum.div_(divisor), past)
 
@@ -81,25 +84,31 @@ class Moment:
     def eigen(self) -> tuple[Tensor, Tensor] | None:
         """Eigenvalues ``(G, k)`` and eigenvectors ``(G, d, k)``; None if they can't be had.
 
-        Where only the leading ones are kept there is one more value, the mean of all others.
+        In float32 at least. Where only the leading ones are kept there is one more value, the mean
+        of all others.
         """
         assert self.value is not None
+        value = self.value.to(torch.promote_types(self.value.dtype, torch.float32))
         if self.probe is None:
-            return eigh(self.value)
+            return eigh(value)
         assert self.trace is not None
-        found = leading(self.value, self.probe)
+        found = leading(value, self.probe.to(value.dtype))
         if found is None:
             return None
         values, vectors = found
         others = vectors.shape[1] - vectors.shape[2]
         rest = ((self.trace - values.sum(dim=1)) / others).clamp_min(0)
         # On the new probe, the isotropic remainder does not act.
-        self.probe, self.value = vectors, vectors * values[:, None]
+        storage = self.value.dtype
+        self.probe, self.value = vectors.to(storage), (vectors * values[:, None]).to(storage)
         return torch.cat([values, rest[:, None]], dim=1), vectors
 
-    def load_probe(self, vectors: Tensor) -> None:
-        """Take a basis' vectors, which a loaded value belongs to."""
-        self.probe = vectors if vectors.shape[2] < vectors.shape[1] else None
+    def load(self, value: Tensor | None, trace: Tensor | None) -> None:
+        """Take over an estimate. The probe is then the first one, until a basis brings its own."""
+        self.clear()
+        self.value, self.trace, self.probe = value, trace, None
+        if value is not None and trace is not None:
+            self.probe = orthonormal(value.shape[0], value.shape[1], value.shape[2], value)
 
     def clear(self) -> None:
         """Forget the batch in flight."""

@@ -47,6 +47,7 @@ class Common(TypedDict, total=False):
     factor_decay: float
     factor_rows: int | None
     rank: int | None
+    storage: torch.dtype | None
     exclude: Sequence[str | type[nn.Module]]
     first_order: Adam
     params: Iterable[dict[str, Any]] | None
@@ -104,6 +105,9 @@ class NaturalGradient(torch.optim.Optimizer):
         rank: eigenvectors kept of a wide factor, one wider than three times that; the directions
             orthogonal to them share one eigenvalue, which keeps the trace. It bounds what memory,
             refreshes and preconditioning cost in wide layers. None for all eigenvectors always.
+        storage: dtype in which factors, eigenvectors and rescaling are kept between steps, such as
+            ``torch.bfloat16``, which halves their memory and rounds them to three digits. None for
+            float32, or the parameters' dtype if that is wider. Computed is in that in any case.
         exclude: names of modules (with all that is inside) and module classes left to
             ``first_order``.
         first_order: the rule for every other parameter.
@@ -152,6 +156,7 @@ class NaturalGradient(torch.optim.Optimizer):
         factor_decay: float = 0.95,
         factor_rows: int | None = 8,
         rank: int | None = 512,
+        storage: torch.dtype | None = None,
         exclude: Sequence[str | type[nn.Module]] = (),
         first_order: Adam = Adam(),
         params: Iterable[dict[str, Any]] | None = None,
@@ -173,6 +178,10 @@ class NaturalGradient(torch.optim.Optimizer):
             check_count("factor_rows", factor_rows)
         if rank is not None:
             check_count("rank", rank)
+        if storage is not None and not (
+            isinstance(storage, torch.dtype) and storage.is_floating_point
+        ):
+            raise ValueError(f"storage must be a floating-point torch.dtype, got {storage!r}")
         if kl_clip is not None:
             check_positive("kl_clip", kl_clip)
         if not isinstance(first_order, Adam):
@@ -182,7 +191,7 @@ class NaturalGradient(torch.optim.Optimizer):
         self.factor_every, self.basis_every = factor_every, basis_every
         self.interval_warmup = interval_warmup
         self.factor_decay, self.kl_clip = factor_decay, kl_clip
-        self.factor_rows, self.rank = factor_rows, rank
+        self.factor_rows, self.rank, self.storage = factor_rows, rank, storage
         self.loss_reduction = loss_reduction
         self.first_order = first_order
         self.fisher = _make_fisher(fisher, likelihood, mc_samples, generator)
@@ -358,7 +367,8 @@ class NaturalGradient(torch.optim.Optimizer):
             if name in self._blocks or kind is None or (weight is None and bias is None):
                 continue
             layer = kind(name, module, weight, bias)
-            self._blocks[name] = self.make_block(layer, group_of[layer.parameters[0]], self.rank)
+            group = group_of[layer.parameters[0]]
+            self._blocks[name] = self.make_block(layer, group, self.rank, self.storage)
         self._listen()
 
     def _group_of(self) -> dict[Tensor, dict[str, Any]]:
