@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 import tekfac
+from tekfac.checks import check_count, check_decay, check_not_negative
 from tekfac.experiments.errors import InputError
 
 Settings = Mapping[str, Any]
@@ -26,6 +29,7 @@ class Method:
         defaults: every setting the method has, with its default; a setting not listed here is
             refused, for it would do nothing.
         alternatives: settings that may be given in place of a listed one, which they replace.
+        package: the optional package that the optimizer comes from; None for torch and tekfac.
         build: makes the optimizer from the network, complete settings, and the generator that
             draws the labels of ``fisher="mc"``.
     """
@@ -34,6 +38,7 @@ class Method:
     defaults: Settings
     build: Callable[[nn.Module, Settings, torch.Generator], Optimizer]
     alternatives: Mapping[str, str] = field(default_factory=dict)
+    package: str | None = None
 
 
 def _sgd(network: nn.Module, settings: Settings, generator: torch.Generator) -> Optimizer:
@@ -45,6 +50,59 @@ def _adam(network: nn.Module, settings: Settings, generator: torch.Generator) ->
     options = dict(settings)
     betas = (options.pop("beta1"), 0.999)
     return torch.optim.AdamW(network.parameters(), betas=betas, **options)
+
+
+def _soap(network: nn.Module, settings: Settings, generator: torch.Generator) -> Optimizer:
+    import heavyball
+
+    _check(settings)  # it checks nothing by itself
+    # Its kernels would be compiled in the first steps, for a minute or more, and are a seventh
+    # faster then: a few percent of a step, which short runs never earn back.
+    heavyball.utils.compile_mode = None
+    # It notices a schedule and doubts it, but does as the schedule says.
+    warnings.filterwarnings("ignore", "Learning rate changed between steps")
+    options = dict(settings)
+    betas = (options.pop("beta1"), options.pop("beta2"))
+    optimizer: Optimizer = heavyball.SOAP(network.parameters(), betas=betas, **options)
+    return optimizer
+
+
+def _muon(network: nn.Module, settings: Settings, generator: torch.Generator) -> Optimizer:
+    import pytorch_optimizer
+
+    _check(settings)  # its own errors are of no common type
+    # As its author has it: hidden weights, kernels as matrices (d_out, all else), by Muon; the
+    # layer that gives the classes and all vectors by AdamW.
+    convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    linear = [module for module in network.modules() if isinstance(module, nn.Linear)]
+    hidden = [*(m for m in network.modules() if isinstance(m, convolutions)), *linear[:-1]]
+    matrices = {id(module.weight) for module in hidden}
+    groups = [
+        {
+            "params": [p for p in network.parameters() if (id(p) in matrices) is use_muon],
+            "use_muon": use_muon,
+        }
+        for use_muon in (True, False)
+    ]
+    options = dict(settings)
+    optimizer: Optimizer = pytorch_optimizer.Muon(
+        groups,
+        adamw_lr=options.pop("first_order_lr"),
+        adamw_wd=options["weight_decay"],
+        **options,
+    )
+    return optimizer
+
+
+def _check(settings: Settings) -> None:
+    """Raise ValueError for a value out of the range that settings of its name have."""
+    for key, value in settings.items():
+        if key in ("momentum", "beta1", "beta2"):
+            check_decay(key, value)
+        elif key == "precondition_frequency":
+            check_count(key, value)
+        else:
+            check_not_negative(key, value)
 
 
 def _natural_gradient(
@@ -105,7 +163,29 @@ METHODS: dict[str, Method] = {
         _natural_gradient(tekfac.TEKFAC),
         {"damping": "nu"},
     ),
+    # Their packages' or authors' defaults, not tuned for the digits.
+    "soap": Method(
+        "SOAP",
+        {
+            "lr": 3e-3,
+            "beta1": 0.9,
+            "beta2": 0.95,
+            "weight_decay": 0.0,
+            "precondition_frequency": 10,
+        },
+        _soap,
+        package="heavyball",
+    ),
+    "muon": Method(
+        "Muon",
+        {"lr": 2e-2, "momentum": 0.95, "weight_decay": 0.0, "first_order_lr": 1e-3},
+        _muon,
+        package="pytorch_optimizer",
+    ),
 }
+
+# The methods that need no optional package: those of a comparison, unless it names others.
+STANDARD = tuple(name for name, method in METHODS.items() if method.package is None)
 
 
 def has_setting(name: str, key: str) -> bool:
@@ -117,11 +197,16 @@ def resolve(name: str, given: Settings) -> dict[str, Any]:
     """Complete settings of the method ``name``: those given, and defaults for the others.
 
     Raises:
-        InputError: if the method is unknown or has no such setting.
+        InputError: if the method is unknown, not installed or has no such setting.
     """
     if name not in METHODS:
         raise InputError(f"--optimizer {name!r} is unknown; there is: {', '.join(METHODS)}")
     method = METHODS[name]
+    if method.package is not None and importlib.util.find_spec(method.package) is None:
+        raise InputError(
+            f"--optimizer {name}: the package {method.package} is not installed: "
+            "pip install 'tekfac[baselines]'"
+        )
     settings = dict(method.defaults)
     for key, value in given.items():
         if not has_setting(name, key):

@@ -1,0 +1,95 @@
+"""The benchmark of a step runs, at the smallest size, and its table holds together."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+SMALL = ["--model", "cnn", "--width", "2", "--batch", "4", "--threads", "1", "--warmup", "2"]
+
+
+@pytest.fixture
+def step(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent)
+    return importlib.import_module("benchmarks.step")
+
+
+def table(output: str) -> dict[str, list[float]]:
+    lines = [line.strip("| ").split(" | ") for line in output.splitlines() if line[:1] == "|"]
+    return {name: [float(cell) for cell in cells] for name, *cells in lines[2:]}
+
+
+def test_race_over_a_whole_interval(step: ModuleType, capfd: pytest.CaptureFixture[str]) -> None:
+    arguments = "--against tekfac,sgd --intervals 2/1/6 --steps 2 --set damping=0.1"
+    step.main([*SMALL, *arguments.split()])
+    output = capfd.readouterr().out
+    assert "6 steps, which are 1 intervals of the bases" in output
+    rows = table(output)
+    assert list(rows) == ["sgd", "tekfac"]
+    _, median, mean, slowest, memory, share = rows["sgd"]
+    assert median == mean == share == 1.0
+    assert slowest >= 1.0
+    assert memory >= 0
+    assert rows["tekfac"][2] > 1.0, "statistics in every other step cannot be free"
+
+
+def test_options_reach_the_optimizers(step: ModuleType) -> None:
+    arguments = "--intervals 3/4/5 --set scale_decay=0.5 --set kl_clip=None --precision bf16"
+    options = step._parser().parse_args([*SMALL, *arguments.split(), "--channels-last"])
+    kfac, tekfac = (step.Contender(name, options) for name in ("kfac", "tekfac"))
+    assert (kfac.optimizer.factor_every, kfac.optimizer.basis_every) == (3, 5)
+    assert (tekfac.optimizer.scale_every, tekfac.optimizer.scale_decay) == (4, 0.5)
+    assert kfac.x.is_contiguous(memory_format=torch.channels_last)
+    assert kfac.x.dtype == torch.float32
+    kfac.block(2)
+    assert len(kfac.times[0]) == 2
+
+
+@pytest.mark.parametrize("name", ["soap", "shampoo", "muon"])
+def test_peers_train(step: ModuleType, name: str) -> None:
+    package = "heavyball" if name == "soap" else "pytorch_optimizer"
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{name} needs {package}: pip install 'tekfac[baselines]'")
+    options = step._parser().parse_args([*SMALL, "--peer-every", "2"])
+    contender = step.Contender(name, options)
+    before = [p.detach().clone() for p in contender.network.parameters()]
+    contender.block(5)
+    after = list(contender.network.parameters())
+    assert all(p.isfinite().all() for p in after)
+    assert not any(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+
+
+def test_profile_names_the_parts(step: ModuleType, capfd: pytest.CaptureFixture[str]) -> None:
+    step.main([*SMALL, "--against", "tekfac", "--profile", "--blocks", "1"])
+    kinds = capfd.readouterr().out.split("tekfac, ")
+    assert [kind.split(":")[0] for kind in kinds[1:]] == [
+        "without statistics",
+        "with statistics",
+        "with statistics and a new basis",
+    ]
+    assert "factors: " not in kinds[1]
+    assert "factors: " in kinds[2]
+    assert "basis: " in kinds[3]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--against", "lamb"], "lamb unknown; there is: sgd, adam, kfac"),
+        (["--intervals", "10/100"], "'10/100' must be three counts, such as 10/10/100"),
+        (["--blocks", "0"], "'0' must be a whole number of at least 1"),
+        (["--set", "dampening=1"], "no natural-gradient optimizer has 'dampening'"),
+        (["--set", "damping="], "'damping=' must be NAME=VALUE"),
+    ],
+)
+def test_bad_options(
+    step: ModuleType, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit) as raised:
+        step.main(arguments)
+    assert raised.value.code == 2
+    assert message in capsys.readouterr().err
