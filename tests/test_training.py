@@ -174,6 +174,39 @@ def test_augmented_run_continues_exactly_and_is_another_run(tmp_path: Path, data
     assert numbers(tmp_path / "plain") != numbers(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "tekfac"])
+def test_colour_images_and_kernels_lie_channels_last_and_runs_continue_exactly(
+    tmp_path: Path, optimizer: str
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (60, 3, 8, 8), generator=generator, dtype=torch.uint8)
+    labels = torch.arange(60) % 5
+    mean, deviation = torch.full((3, 1, 1), 127.0), torch.full((3, 1, 1), 70.0)
+    colour = Dataset("colour", images, labels, images[:20], labels[:20], 5, mean, deviation)
+    config = configure(
+        optimizer=optimizer, network="resnet20", width=3, batch_size=20, epochs=2, augment=True
+    )
+    training = Training(config, colour)
+    seen: list[bool] = []
+
+    def note(module: nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        for tensor in (module.get_parameter("weight"), *inputs):
+            seen.append(tensor.is_contiguous(memory_format=torch.channels_last))
+
+    for module in training.network.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_pre_hook(note)
+    training.run_epoch(Watcher())
+    assert seen
+    assert all(seen)
+
+    run(tmp_path / "whole", config, colour)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "parts", config, colour, InterruptedAt(epoch=2, batch=2))
+    resume(tmp_path / "parts", colour)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("optimizer", ["sgd", "tekfac"])
 def test_run_in_16_bits_is_near_the_run_in_float32_and_continues_exactly(

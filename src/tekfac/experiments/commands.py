@@ -1,4 +1,4 @@
-"""The commands ``tekfac train`` and ``tekfac compare``: options in, text and progress out."""
+"""The commands of ``tekfac``: options in, text and progress out."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import shlex
 import signal
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from enum import Enum
@@ -20,16 +20,18 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Column, Table
 
-from tekfac.experiments import comparison, options, presets, searching, theorem31
+from tekfac.experiments import comparison, options, presets, reports, searching, theorem31
 from tekfac.experiments.config import PRECISIONS, Config, default_device, default_threads
-from tekfac.experiments.data import DATA_DIR, NAMED, Dataset, load
+from tekfac.experiments.data import DATA_DIR, NAMED, Dataset, augments, load
 from tekfac.experiments.downloads import DOWNLOADS
 from tekfac.experiments.errors import Diverged, InputError
 from tekfac.experiments.metrics import EpochMetrics, History
 from tekfac.experiments.networks import NETWORKS
-from tekfac.experiments.optimizers import METHODS, has_setting
-from tekfac.experiments.presets import PRESETS
+from tekfac.experiments.optimizers import METHODS, STANDARD, has_setting
+from tekfac.experiments.presets import PRESETS, Preset
+from tekfac.experiments.reproduction import Experiment, Reproduction, table_3, table_4
 from tekfac.experiments.runs import RunFolder
+from tekfac.experiments.scales import HOW_ESTIMATED, OPTIMIZERS, SCALES, Scale
 from tekfac.experiments.schedules import SCHEDULES, Schedule
 from tekfac.experiments.training import BatchProgress, Watcher, check, fit
 
@@ -42,6 +44,10 @@ RUNS = Path("runs")
 class Target(str, Enum):
     """What `reproduce` knows."""
 
+    TABLE3 = "table3"
+    FIGURE3 = "figure3"
+    TABLE4 = "table4"
+    FIGURE4 = "figure4"
     THEOREM31 = "theorem31"
 
 
@@ -398,7 +404,7 @@ def _train(folder: RunFolder, dataset: Dataset, epochs: int | None) -> None:
 def compare(
     context: typer.Context,
     optimizers: Annotated[str, typer.Option(help="Names, separated by commas.")] = ",".join(
-        METHODS
+        STANDARD
     ),
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each optimizer, seeds 0, 1, ...")] = 3,
     target: Annotated[
@@ -588,7 +594,7 @@ def search(
                 work = searching.Search(path, plan, dataset, trials)
                 work.run(
                     lambda number, total, point: bar.labelled(f"trial {number}/{total}, "),
-                    _print_trial,
+                    lambda result: _print_trial("", result),
                 )
             except KeyboardInterrupt:
                 bar.close()
@@ -622,9 +628,9 @@ def _plan(given: Mapping[str, Any], optimizer: str) -> tuple[searching.Plan, Dat
     return searching.Plan(base, grid, given["prune"]), dataset
 
 
-def _print_trial(result: searching.Result) -> None:
+def _print_trial(label: str, result: searching.Result) -> None:
     settings = ", ".join(f"{key} {value}" for key, value in result.settings.items())
-    line = f"{settings}: {result.outcome.value}"
+    line = f"{label}{settings}: {result.outcome.value}"
     if result.metrics is not None:
         accuracy = f"{100 * result.metrics.test_accuracy:.2f} %"
         line += f" after epoch {result.metrics.epoch}, held-out accuracy {accuracy}"
@@ -665,33 +671,256 @@ def _arguments(config: Config) -> list[str]:
 
 @app.command()
 def reproduce(
+    context: typer.Context,
     target: Annotated[
-        Target, typer.Argument(help="theorem31: distances to the Fisher matrix (Theorem 3.1).")
+        Target,
+        typer.Argument(
+            help="table3 or figure3: optimizers on tasks, each with the best settings found for "
+            "it. table4 or figure4: TEKFAC with ν or lr varied. theorem31: distances to the Fisher "
+            "matrix (Theorem 3.1). A table and its figure are made of the same runs, both of them "
+            "whichever is asked for."
+        ),
     ],
     scale: Annotated[
-        str, typer.Option(help=f"How much is measured: {', '.join(theorem31.SCALES)}.")
+        str,
+        typer.Option(
+            help=f"How much is run: {', '.join(SCALES)}. Of tables 3 and 4, full is the paper's "
+            "size, small one for two CPU cores, smoke a test of seconds; the options below "
+            "override its numbers."
+        ),
     ] = "small",
-    out: Annotated[
-        Path | None, typer.Option(help="Folder for table and picture.  (default: results/TARGET)")
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Names, separated by commas. (default: the scale's)"),
     ] = None,
+    optimizers: Annotated[
+        str | None,
+        typer.Option(
+            help=f"For table3: names, separated by commas. (default: {','.join(OPTIMIZERS)})"
+        ),
+    ] = None,
+    grid: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="OPTIMIZER:SETTING=VALUE,...",
+            help="Values of one setting to search (table3) or to compare (table4) in place of the "
+            "scale's; may be repeated.",
+        ),
+    ] = None,
+    trials: Annotated[
+        int | None,
+        typer.Option(min=1, help="For table3: random part of the grid that each search tries."),
+    ] = None,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="Runs with the settings chosen, seeds 0, 1, ...")
+    ] = None,
+    config_file: ConfigFile = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=FILE.npz",
+            help="A file (x_train, y_train, x_test, y_test) in place of a data set's download; may "
+            "be repeated.",
+            rich_help_panel=TASK,
+        ),
+    ] = None,
+    data_dir: DataDir = None,
+    limit_train: LimitTrain = None,
+    hold_out: Annotated[
+        int | None,
+        typer.Option(
+            help="For table3: training images that searches do not train on but are decided by. "
+            f"(default: {100 * searching.HELD_OUT_FRACTION:g} %)",
+            rich_help_panel=TASK,
+        ),
+    ] = None,
+    augment: Augment = None,
+    width: Width = None,
+    epochs: Annotated[int | None, typer.Option(rich_help_panel=TASK)] = None,
+    batch_size: Annotated[int | None, typer.Option(rich_help_panel=TASK)] = None,
+    schedule: ScheduleName = None,
+    warmup: Warmup = None,
+    step_every: StepEvery = None,
+    step_factor: StepFactor = None,
+    device: Device = None,
+    precision: Precision = None,
+    compile: Compile = None,
+    threads: Threads = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of runs, table and picture; runs that it holds already are kept. "
+            "(default: results/theorem31, or results/TABLE-SCALE)"
+        ),
+    ] = None,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Do not ask before --scale full begins.")
+    ] = False,
 ) -> None:
-    """Run one of the paper's experiments again; print its table and draw its picture."""
+    """Run one of the paper's experiments again; print its table and draw its picture.
+
+    What is there already is kept, the rest is run. Interrupted, the same command goes on;
+    started several times, it shares the work.
+    """
+    given = _given(context)
     with _plain_errors():
-        if scale not in theorem31.SCALES:
-            raise InputError(f"--scale {scale!r} is unknown; there is: {list(theorem31.SCALES)}")
-        path = Path("results") / target.value if out is None else out
-        chosen = theorem31.SCALES[scale]
-        distances = theorem31.run(chosen, load("digits"), console.print)
-        title = (
-            f"digits, cnn of width {chosen.width}: distance to the exact Fisher block, "
-            f"{chosen.examples} examples"
-        )
-        theorem31.save(distances, path, title)
-        console.print(theorem31.table(distances))
-        for better, worse in (("TEKFAC", "TKFAC"), ("EKFAC", "KFAC")):
-            ratio = theorem31.worst_ratio(distances, better, worse)
-            console.print(f"{better}'s error is at most {ratio:.4f} times {worse}'s")
-        console.print(f"table and picture in {path}")
+        if scale not in SCALES:
+            raise InputError(f"--scale {scale!r} is unknown; there is: {list(SCALES)}")
+        if target is Target.THEOREM31:
+            _refuse(given.keys() - {"target", "scale", "out", "yes"}, target)
+            _reproduce_theorem31(scale, Path("results/theorem31") if out is None else out)
+            return
+        experiment = _experiment(given, target, SCALES[scale])
+        path = Path("results") / f"{experiment.table}-{scale}" if out is None else out
+        work = Reproduction(path, experiment)
+        _announce(work, ask=SCALES[scale].hours and not yes, hours=SCALES[scale].hours)
+        with Bar() as bar:
+            try:
+                work.run(
+                    watch=bar.labelled,
+                    on_trial=_print_trial,
+                    on_run=lambda words: console.print(words, soft_wrap=True),
+                    on_cell=lambda: reports.save_tables(work),
+                )
+            except KeyboardInterrupt:
+                bar.close()
+                _fail("interrupted; the same command continues where it stopped", INTERRUPTED)
+        reports.save_tables(work)
+        reports.save_figure(work)
+        console.print(reports.table(work), soft_wrap=True)
+        console.print(f"table, picture and runs in {path}")
+        if any(left := work.left()):
+            console.print(
+                f"Left to other processes, which are at work: {left[0]} trials and {left[1]} runs. "
+                "The last to end has the whole table, and so has this command when run again."
+            )
+
+
+def _reproduce_theorem31(scale: str, path: Path) -> None:
+    chosen = theorem31.SCALES[scale]
+    distances = theorem31.run(chosen, load("digits"), console.print)
+    title = (
+        f"digits, cnn of width {chosen.width}: distance to the exact Fisher block, "
+        f"{chosen.examples} examples"
+    )
+    theorem31.save(distances, path, title)
+    console.print(theorem31.table(distances))
+    for better, worse in (("TEKFAC", "TKFAC"), ("EKFAC", "KFAC")):
+        ratio = theorem31.worst_ratio(distances, better, worse)
+        console.print(f"{better}'s error is at most {ratio:.4f} times {worse}'s")
+    console.print(f"table and picture in {path}")
+
+
+def _experiment(given: Mapping[str, Any], target: Target, scale: Scale) -> Experiment:
+    """What ``reproduce`` is to run for a table or figure."""
+    sensitivity = target in (Target.TABLE4, Target.FIGURE4)
+    if sensitivity:
+        _refuse(given.keys() & {"optimizers", "trials", "hold_out"}, target)
+    tasks = _names(given["tasks"]) if "tasks" in given else list(scale.protocols)
+    if "tasks" not in given and sensitivity:
+        tasks = [scale.sweep_task]
+    for task in tasks:
+        if task not in scale.protocols:
+            raise InputError(f"--tasks {task!r} is unknown; there is: {', '.join(scale.protocols)}")
+    sources = [scale.protocols[task].task["data"] for task in tasks]
+    files = _files(given.get("data", []), sources)
+    protocols = {task: _overridden(scale.protocols[task], given, files) for task in tasks}
+    names = _names(given["optimizers"]) if "optimizers" in given else list(OPTIMIZERS)
+    grids = _grids(given.get("grid", []), ["tekfac"] if sensitivity else names)
+    if sensitivity:
+        return table_4(scale, protocols, grids.get("tekfac"), given.get("seeds"))
+    return table_3(
+        scale,
+        protocols,
+        names,
+        grids,
+        given.get("trials"),
+        given.get("seeds"),
+        given.get("hold_out"),
+    )
+
+
+def _names(text: str) -> list[str]:
+    return list(dict.fromkeys(name.strip() for name in text.split(",")))
+
+
+def _files(pairs: Sequence[str], sources: Sequence[str]) -> dict[str, str]:
+    """The files that stand for data sets."""
+    files = {}
+    for pair in pairs:
+        name, equals, file = pair.partition("=")
+        if name not in sources or not equals:
+            raise InputError(
+                f"--data {pair!r} must be NAME=FILE.npz with a name of "
+                f"{', '.join(dict.fromkeys(sources))}"
+            )
+        if not Path(file).is_file():
+            raise InputError(f"--data {pair!r}: there is no file {file}")
+        files[name] = file
+    return files
+
+
+def _grids(texts: Sequence[str], names: Sequence[str]) -> dict[str, searching.Grid]:
+    by_name: dict[str, list[str]] = {}
+    for text in texts:
+        name, colon, grid = text.partition(":")
+        if name not in names or not colon:
+            raise InputError(
+                f"--grid {text!r} must be OPTIMIZER:SETTING=VALUE,... with an optimizer of "
+                f"{', '.join(names)}"
+            )
+        by_name.setdefault(name, []).append(grid)
+    return {name: searching.read_grid(grids, name) for name, grids in by_name.items()}
+
+
+def _overridden(protocol: Preset, given: Mapping[str, Any], files: Mapping[str, str]) -> Preset:
+    """A task of a scale with what is given for it on the command line."""
+    source = protocol.task["data"]
+    task = {
+        # A file is augmented as the data set that it stands for.
+        "augment": augments(source),
+        "device": default_device(),
+        "threads": default_threads(source),
+        **protocol.task,
+        **{key: given[key] for key in TASK_OPTIONS if key in given and key != "hold_out"},
+        "data": files.get(source, source),
+    }
+    if source in files:
+        task.pop("data_dir", None)
+    return replace(protocol, task=task, schedule=_schedule(given, protocol.schedule))
+
+
+def _announce(work: Reproduction, ask: bool, hours: bool) -> None:
+    """Say what is left to do and, of much work, about how long it takes; ask where told to."""
+    trials, runs = work.left()
+    if not trials + runs:
+        console.print("All is done already.")
+        return
+    console.print(f"To do: {trials} trials of searches and {runs} runs with settings chosen.")
+    if not hours:
+        return
+    console.print(
+        f"About {work.hours():.0f} GPU hours, or less as hopeless trials are given up. An "
+        f"estimate, {HOW_ESTIMATED}.",
+        soft_wrap=True,
+    )
+    if not ask:
+        return
+    if not _interactive():
+        raise InputError("so much work is not begun without --yes")
+    if not typer.confirm("Begin?"):
+        raise typer.Exit
+
+
+def _interactive() -> bool:
+    return sys.stdin.isatty()
+
+
+def _refuse(options: Collection[str], target: Target) -> None:
+    """Raise if there are options that do nothing."""
+    if options:
+        option = sorted(options)[0].replace("_", "-")
+        raise InputError(f"--{option} does nothing with {target.value}")
 
 
 class Interruption:
@@ -811,7 +1040,7 @@ class EpochLines(Bar):
 
 def _given(context: typer.Context) -> dict[str, Any]:
     """The options given on the command line or in a file."""
-    return {key: value for key, value in context.params.items() if value is not None}
+    return {key: value for key, value in context.params.items() if value not in (None, [], ())}
 
 
 def _config(given: Mapping[str, Any], optimizer: str, settings: Mapping[str, Any]) -> Config:

@@ -124,14 +124,12 @@ def _row(outcome: Outcome, target: float) -> list[str]:
     if not outcome.histories:
         return [label, lr, "diverged", "–", "–", "–"]
     final = [100 * history[-1].test_accuracy for history in outcome.histories]
-    accuracy = _mean_and_deviation(final)
+    accuracy = mean_and_deviation(final)
     seeds = len(outcome.histories) + outcome.diverged
     if outcome.diverged:
         accuracy += f" ({outcome.diverged} of {seeds} diverged)"
     reached = [e for h in outcome.histories if (e := epochs_to(h, target)) is not None]
-    epochs = (
-        _mean_and_deviation([float(e) for e in reached], digits=1) if reached else "not reached"
-    )
+    epochs = mean_and_deviation([float(e) for e in reached], digits=1) if reached else "not reached"
     if 0 < len(reached) < seeds:
         epochs += f" ({len(reached)} of {seeds})"
     seconds = statistics.mean(history[-1].seconds for history in outcome.histories)
@@ -139,7 +137,8 @@ def _row(outcome: Outcome, target: float) -> list[str]:
     return [label, lr, accuracy, epochs, f"{seconds:.1f}", f"{per_epoch:.2f}"]
 
 
-def _mean_and_deviation(values: Sequence[float], digits: int = 2) -> str:
+def mean_and_deviation(values: Sequence[float], digits: int = 2) -> str:
+    """``mean ± standard deviation`` as text, of a single value the value alone."""
     mean = f"{statistics.mean(values):.{digits}f}"
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -13,6 +16,10 @@ from numpy.typing import NDArray
 from tekfac.experiments.metrics import Distance, EpochMetrics, History
 
 DPI = 120
+
+# Okabe and Ito's colours, which the colour-blind can tell apart, without the yellow.
+COLOURS = ("#000000", "#E69F00", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#56B4E9")
+MARKERS = "osv^DPX"
 
 
 def run_figure(history: History, title: str) -> Figure:
@@ -65,10 +72,7 @@ def comparison_figure(runs: Mapping[str, Sequence[History]], title: str, target:
     for axes in (accuracy_epochs, accuracy_seconds):
         axes.axhline(100 * target, color="0.4", linewidth=1, linestyle="--")
     accuracy_epochs.set_ylabel("test accuracy (%)")
-    final = [100 * h[-1].test_accuracy for histories in runs.values() for h in histories]
-    worst = min(final, default=0.0)
-    low, high = accuracy_epochs.get_ylim()
-    accuracy_epochs.set_ylim(max(low, 100 - 6 * (100 - worst) - 0.5), min(high, 100.2))
+    _leave_out_beginnings(accuracy_epochs, [h for each in runs.values() for h in each])
     loss_epochs.set(ylabel="training loss (nats)", yscale="log", xlabel="epochs")
     loss_epochs.xaxis.set_major_locator(MaxNLocator(integer=True))
     loss_seconds.set_xlabel("training time (seconds)")
@@ -77,6 +81,87 @@ def comparison_figure(runs: Mapping[str, Sequence[History]], title: str, target:
     if runs:
         accuracy_epochs.legend(loc="lower right")
     return figure
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One diagram of test accuracies.
+
+    Attributes:
+        title: what it shows.
+        runs: for each label the histories of its seeds; a label without one is left out.
+        against: what is on the horizontal axis.
+        in_order: whether the labels are values of one setting, in order.
+    """
+
+    title: str
+    runs: Mapping[str, Sequence[History]]
+    against: Literal["epochs", "seconds"]
+    in_order: bool = False
+
+
+def accuracy_figure(rows: Sequence[Sequence[Panel]], title: str) -> Figure:
+    """Test accuracies, mean and a band of ± standard deviation over seeds.
+
+    Args:
+        rows: panels in rows of equal length; those of a row share the vertical axis, which leaves
+            beginnings out as that of ``comparison_figure`` does. A panel has a legend if the one
+            to the right of it has other labels.
+        title: stands above all.
+    """
+    figure = Figure(figsize=(5.2 * len(rows[0]), 3.6 * len(rows)), dpi=DPI, layout="constrained")
+    figure.suptitle(title, fontsize="medium")
+    grid = figure.subplots(len(rows), len(rows[0]), sharey="row", squeeze=False)
+    for row, line in zip(rows, grid, strict=True):
+        for number, (panel, axes) in enumerate(zip(row, line, strict=True)):
+            _draw(axes, panel)
+            last = number == len(row) - 1
+            drawn = any(panel.runs.values())
+            if drawn and (last or row[number + 1].runs.keys() != panel.runs.keys()):
+                axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize="small")
+        line[0].set_ylabel("test accuracy (%)")
+        _leave_out_beginnings(line[0], [h for p in row for each in p.runs.values() for h in each])
+    return figure
+
+
+def _draw(axes: Axes, panel: Panel) -> None:
+    shades = colormaps["viridis"](np.linspace(0, 0.88, len(panel.runs)))
+    for number, (label, histories) in enumerate(panel.runs.items()):
+        if not histories:
+            continue
+        accuracy = _over_seeds(histories, lambda m: 100 * m.test_accuracy)
+        deviation = np.zeros_like(accuracy[0])
+        if len(histories) > 1:
+            table = [[100 * m.test_accuracy for m in h[: len(deviation)]] for h in histories]
+            deviation = np.std(table, axis=0, ddof=1)
+        x = _over_seeds(histories, lambda m: m.epoch if panel.against == "epochs" else m.seconds)[0]
+        colour = shades[number] if panel.in_order else COLOURS[number % len(COLOURS)]
+        mean = accuracy[0]
+        axes.plot(
+            x,
+            mean,
+            label=label,
+            color=colour,
+            linewidth=1.6,
+            marker=MARKERS[number % len(MARKERS)],
+            markersize=4,
+            markevery=max(1, len(x) // 10),
+        )
+        axes.fill_between(
+            x, mean - deviation, mean + deviation, color=colour, alpha=0.15, linewidth=0
+        )
+    axes.set_title(panel.title, fontsize="medium")
+    axes.set_xlabel("epochs" if panel.against == "epochs" else "training time (seconds)")
+    if panel.against == "epochs":
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+
+
+def _leave_out_beginnings(axes: Axes, histories: Sequence[History]) -> None:
+    """Begin the axis of accuracies where it serves to tell the ends of the runs apart."""
+    worst = min((100 * history[-1].test_accuracy for history in histories), default=0.0)
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(low, 100 - 6 * (100 - worst) - 0.5), min(high, 100.2))
 
 
 def distance_figure(distances: Sequence[Distance], title: str) -> Figure:

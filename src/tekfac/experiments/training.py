@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -74,12 +74,12 @@ class Training:
             torch.backends.cudnn.benchmark = False
         self.config = config
         self.history: list[EpochMetrics] = []
-        self._data = data.to(config.device)
+        self._data = _channels_last(data.to(config.device))
         self._batches = math.ceil(len(data.y_train) / config.batch_size)
         torch.manual_seed(config.seed)
         # Built on the CPU: the same seed then means the same weights on every device.
         self.network = networks.build(config.network, data.image_shape, data.classes, config.width)
-        self.network.to(config.device)
+        self.network.to(config.device).to(memory_format=torch.channels_last)
         # A form for each size of batch, full or last: one for all sizes would come into use at some
         # time of a session, and a resumed run then differ in its last bits.
         self._compiled = (
@@ -282,6 +282,19 @@ def fit(folder: RunFolder, data: Dataset, watcher: Watcher, epochs: int | None =
     folder.save_metrics(history)
     folder.save_events(history)
     return history
+
+
+def _channels_last(data: Dataset) -> Dataset:
+    """The same images, each pixel's channels side by side in memory, as batches of them then are.
+
+    Convolutions of networks whose kernels lie so, too, are faster, in bfloat16 up to twice.
+    """
+    last = torch.channels_last
+    return replace(
+        data,
+        x_train=data.x_train.contiguous(memory_format=last),
+        x_test=data.x_test.contiguous(memory_format=last),
+    )
 
 
 def _load(training: Training, checkpoint: dict[str, Any], folder: RunFolder) -> None:

@@ -1,0 +1,187 @@
+"""What decides the first epochs: TEKFAC with one thing changed at a time, beside other optimizers.
+
+    python -m benchmarks.lead --data cifar10 --out results/lead
+
+ResNet20 of width 16 on 12,800 images for three epochs, evaluated on 5,000 other training images:
+the test images play no part. Each variant's row is added to ``lead.csv`` when it is done, and one
+that is there is not run again: interrupted, the same command goes on. ``--part 1/2`` and ``2/2``
+share the variants out to two processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import fcntl
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+from tekfac.experiments.config import Config
+from tekfac.experiments.errors import Diverged
+from tekfac.experiments.files import markdown, write_text
+from tekfac.experiments.optimizers import METHODS
+from tekfac.experiments.schedules import Schedule
+from tekfac.experiments.training import Training, Watcher
+
+SCHEDULE = Schedule("cosine", warmup=0.3)
+NATURAL = {
+    "lr": 3e-3,
+    "damping": 1e-3,
+    "factor_every": 10,
+    "basis_every": 100,
+    "first_order_lr": 3e-3,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A run.
+
+    Attributes:
+        optimizer: a name of ``optimizers.METHODS``.
+        settings: in place of `NATURAL`'s, where the method has them.
+        attributes: of the optimizer itself, set before the first step.
+        group: settings of its parameter groups.
+        schedule: the learning rate's.
+    """
+
+    optimizer: str = "tekfac"
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    attributes: dict[str, Any] = dataclasses.field(default_factory=dict)
+    group: dict[str, Any] = dataclasses.field(default_factory=dict)
+    schedule: Schedule = SCHEDULE
+
+
+VARIANTS = {
+    "TEKFAC": Variant(),
+    "intervals 10/10/100 from the first step": Variant(attributes={"interval_warmup": False}),
+    "the same, basis every 20": Variant(
+        settings={"basis_every": 20}, attributes={"interval_warmup": False}
+    ),
+    "basis every 20": Variant(settings={"basis_every": 20}),
+    "statistics every 2, basis every 10": Variant(
+        settings={"factor_every": 2, "scale_every": 2, "basis_every": 10}
+    ),
+    "statistics of whole batches": Variant(
+        attributes={"factor_rows": None, "scale_examples": None}
+    ),
+    "norm layers by Adam with lr 1e-3": Variant(settings={"first_order_lr": 1e-3}),
+    "norm layers by Adam with lr 1e-2": Variant(settings={"first_order_lr": 1e-2}),
+    "no warm-up of the learning rate": Variant(schedule=Schedule("cosine")),
+    "lr 1e-3": Variant(settings={"lr": 1e-3}),
+    "lr 1e-2": Variant(settings={"lr": 1e-2}),
+    "λ 1e-2": Variant(settings={"damping": 1e-2}),
+    "λ 3e-4": Variant(settings={"damping": 3e-4}),
+    "λ 1e-4": Variant(settings={"damping": 1e-4}),
+    "trace damping, ν 1e-2": Variant(settings={"nu": 1e-2}),
+    "trace damping, ν 10": Variant(settings={"nu": 10.0}),
+    "β 1": Variant(attributes={"fc_scale": 1.0}),
+    "Nesterov's momentum": Variant(group={"nesterov": True}),
+    "no momentum, lr × 10": Variant(settings={"momentum": 0.0, "lr": 3e-2}),
+    "kl_clip 1e-3": Variant(attributes={"kl_clip": 1e-3}),
+    "EKFAC": Variant("ekfac"),
+    "TKFAC": Variant("tkfac"),
+    "KFAC": Variant("kfac"),
+    "SOAP, lr 3e-3": Variant("soap", {"lr": 3e-3}),
+    "SOAP, lr 1e-2": Variant("soap", {"lr": 1e-2}),
+    "SOAP, lr 3e-3, every step": Variant("soap", {"lr": 3e-3, "precondition_frequency": 1}),
+    "SOAP, lr 3e-3, no warm-up": Variant("soap", {"lr": 3e-3}, schedule=Schedule("cosine")),
+    "Muon, lr 2e-2": Variant("muon", {"lr": 2e-2, "first_order_lr": 3e-3}),
+    "Adam, lr 3e-3": Variant("adam", {"lr": 3e-3, "beta1": 0.9}),
+    "SGD, lr 0.1": Variant("sgd", {"lr": 0.1, "momentum": 0.9}),
+}
+HEADER = ["variant", "held-out loss", "held-out accuracy (%)", "processor seconds"]
+
+
+def configured(variant: Variant, task: Config) -> Config:
+    """The variant's run."""
+    given = dict(variant.settings)
+    if variant.optimizer in ("kfac", "ekfac", "tkfac", "tekfac"):
+        given = {**NATURAL, **given}
+        if "nu" in given:
+            given.pop("damping")
+    known = {*METHODS[variant.optimizer].defaults, *METHODS[variant.optimizer].alternatives}
+    settings = {key: value for key, value in given.items() if key in known}
+    return dataclasses.replace(
+        task, optimizer=variant.optimizer, settings=settings, schedule=variant.schedule
+    )
+
+
+def trained(variant: Variant, task: Config, data: Any) -> list[str]:
+    """Loss and accuracy on the held-out images after the last epoch, and processor time."""
+    training = Training(configured(variant, task), data)
+    for name, value in variant.attributes.items():
+        if not hasattr(training.optimizer, name):
+            raise AttributeError(f"{variant.optimizer} has no {name}")
+        setattr(training.optimizer, name, value)
+    for group in training.optimizer.param_groups:
+        group.update(variant.group)
+    start = time.process_time()
+    try:
+        for _ in range(task.epochs):
+            training.run_epoch(Watcher())
+    except Diverged:
+        return ["diverged", "–", "–"]
+    end = training.history[-1]
+    return [
+        f"{end.test_loss:.3f}",
+        f"{100 * end.test_accuracy:.2f}",
+        f"{time.process_time() - start:.0f}",
+    ]
+
+
+def main() -> None:
+    """Run the variants that are missing and write the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", default="cifar10")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--part", default="1/1")
+    parser.add_argument("--precision", default="bf16")
+    parser.add_argument("--train", type=int, default=12800)
+    parser.add_argument("--held-out", type=int, default=5000)
+    parser.add_argument("--epochs", type=int, default=3)
+    options = parser.parse_args()
+    warnings.simplefilter("ignore", RuntimeWarning)  # of steps skipped on the way to divergence
+    task = Config(
+        data=options.data,
+        limit_train=options.train + options.held_out,
+        hold_out=options.held_out,
+        augment=True,
+        network="resnet20",
+        width=16,
+        epochs=options.epochs,
+        batch_size=128,
+        precision=options.precision,
+        threads=1,
+    )
+    data = task.load_data()
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / "lead.csv"
+    part, parts = map(int, options.part.split("/"))
+    for name, variant in list(VARIANTS.items())[part - 1 :: parts]:
+        if name in {row[0] for row in read(path)}:
+            continue
+        row = [name, *trained(variant, task, data)]
+        with open(path, "a", newline="") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            csv.writer(file).writerow(row)
+        rows = sorted(read(path), key=lambda row: list(VARIANTS).index(row[0]))
+        write_text(options.out / "lead.md", markdown(HEADER, rows))
+        print(" | ".join(row), flush=True)
+
+
+def read(path: Path) -> list[list[str]]:
+    """The rows that are there."""
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return [row for row in csv.reader(file) if len(row) == len(HEADER)]
+
+
+if __name__ == "__main__":
+    main()
