@@ -149,7 +149,7 @@ def test_paper_grids() -> None:
     }
     assert searching.paper_grid("kfac", {"lr": 1}).keys() == {"damping"}
     assert searching.paper_grid("tekfac", {"nu": 1}).keys() == {"lr"}
-    # Constant damping takes the place of trace damping.
+    # Constant damping and trace damping take the place of each other.
     assert searching.paper_grid("tekfac", {"damping": 1}).keys() == {"lr"}
 
 
@@ -417,7 +417,10 @@ def test_users_files_are_left_alone(name: str) -> None:
         (["--grid", "lr=0.1", "--lr", "0.1"], "--lr is in the --grid too: give one"),
         (["--lr", "0.1"], "nothing to search: all settings are given"),
         (["--optimizer", "magic"], "--optimizer 'magic' is unknown"),
-        (["--optimizer", "tekfac", "--grid", "nu=1", "--damping", "1"], "--damping takes the pla"),
+        (
+            ["--optimizer", "tekfac", "--grid", "nu=1", "--damping", "1"],
+            "--nu takes the place of --",
+        ),
         (["--hold-out", "60"], "--hold-out 60 leaves nothing to train on"),
         (["--hold-out", "0"], "--hold-out must be 1 or more, got 0"),
     ],

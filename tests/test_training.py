@@ -629,7 +629,7 @@ def test_configuration_survives_json() -> None:
         ({"settings": {"lr": math.nan}}, "--lr must be finite, got nan"),
         (
             {"optimizer": "tekfac", "settings": {"nu": 1.0, "damping": 1.0}},
-            "--damping takes the place of --nu: give one",
+            "--nu takes the place of --damping: give one",
         ),
     ],
 )
@@ -646,10 +646,10 @@ def test_optimizers_own_objections_name_it(data: Dataset) -> None:
             optimizers.build(name, network, settings, torch.Generator())
 
 
-def test_constant_damping_takes_the_place_of_trace_damping() -> None:
-    settings = optimizers.resolve("tekfac", {"damping": 0.1})
-    assert settings["damping"] == 0.1
-    assert "nu" not in settings
+def test_trace_damping_takes_the_place_of_constant_damping() -> None:
+    settings = optimizers.resolve("tekfac", {"nu": 0.1})
+    assert settings["nu"] == 0.1
+    assert "damping" not in settings
 
 
 def test_schedules() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -136,32 +136,32 @@ NATURAL_GRADIENT: Settings = {
 # values that reached 97 % on those in the fewest epochs, mean over three seeds. Tried were, for SGD
 # 36 pairs of lr (0.01 to 0.3) and momentum (0 to 0.95), for Adam 11 values of lr (5e-4 to 3e-2)
 # with torch's betas and 40 triples of lr (2e-3 to 1.5e-2), beta1 (0.7 to 0.95) and beta2 (0.99,
-# 0.999), for KFAC and EKFAC 32 pairs of lr (1e-4 to 3e-2) and damping (1e-4 to 0.3), for TKFAC 24
-# and for TEKFAC 35 pairs of lr (3e-5 to 1e-2) and nu (1e-3 to 100).
+# 0.999), for KFAC and EKFAC 32 pairs of lr (3e-5 to 1e-3) and damping (3e-5 to 0.1), for TKFAC and
+# TEKFAC as many, half of them with damping (1e-4 to 1e-2) and half with nu (0.01 to 10).
 METHODS: dict[str, Method] = {
     "sgd": Method("SGD", {"lr": 0.1, "momentum": 0.8, "weight_decay": 0.0}, _sgd),
     "adam": Method("Adam", {"lr": 1.5e-2, "beta1": 0.8, "weight_decay": 0.0}, _adam),
     "kfac": Method(
         "KFAC",
-        {"lr": 1e-4, "damping": 1e-4, **NATURAL_GRADIENT},
+        {"lr": 3e-4, "damping": 1e-4, **NATURAL_GRADIENT},
         _natural_gradient(tekfac.KFAC),
     ),
     "ekfac": Method(
         "EKFAC",
-        {"lr": 1e-4, "damping": 3e-4, **NATURAL_GRADIENT, "scale_every": 10},
+        {"lr": 1e-4, "damping": 1e-4, **NATURAL_GRADIENT, "scale_every": 10},
         _natural_gradient(tekfac.EKFAC),
     ),
     "tkfac": Method(
         "TKFAC",
-        {"lr": 3e-4, "nu": 1.0, **NATURAL_GRADIENT},
+        {"lr": 3e-4, "damping": 1e-4, **NATURAL_GRADIENT},
         _natural_gradient(tekfac.TKFAC),
-        {"damping": "nu"},
+        {"nu": "damping"},
     ),
     "tekfac": Method(
         "TEKFAC",
-        {"lr": 1e-4, "nu": 1.0, **NATURAL_GRADIENT, "scale_every": 10},
+        {"lr": 1e-4, "damping": 1e-4, **NATURAL_GRADIENT, "scale_every": 10},
         _natural_gradient(tekfac.TEKFAC),
-        {"damping": "nu"},
+        {"nu": "damping"},
     ),
     # Their packages' or authors' defaults, not tuned for the digits.
     "soap": Method(
@@ -191,6 +191,13 @@ STANDARD = tuple(name for name, method in METHODS.items() if method.package is N
 def has_setting(name: str, key: str) -> bool:
     """Whether the method ``name`` is known and has a setting ``key``."""
     return name in METHODS and key in {*METHODS[name].defaults, *METHODS[name].alternatives}
+
+
+def excluded(name: str, given: Collection[str]) -> set[str]:
+    """Settings of the method ``name`` that cannot stand beside those given, for they replace one
+    another."""
+    pairs = METHODS[name].alternatives.items()
+    return {old for new, old in pairs if new in given} | {new for new, old in pairs if old in given}
 
 
 def resolve(name: str, given: Settings) -> dict[str, Any]:

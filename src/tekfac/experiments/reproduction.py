@@ -26,7 +26,7 @@ from tekfac.experiments.data import Dataset
 from tekfac.experiments.errors import Diverged, InputError
 from tekfac.experiments.files import write_text
 from tekfac.experiments.metrics import EpochMetrics, History
-from tekfac.experiments.optimizers import METHODS, has_setting
+from tekfac.experiments.optimizers import METHODS, excluded, has_setting
 from tekfac.experiments.presets import Preset
 from tekfac.experiments.published import TABLE_3, TABLE_4, TABLE_4_CENTRE, TABLE_4_TASK, Accuracy
 from tekfac.experiments.runs import CONFIG, METRICS, Busy, RunFolder
@@ -145,7 +145,7 @@ def table_3(
 def _grid(optimizer: str, scale: Scale, given: Grid) -> Grid:
     """The scale's grid, or the paper's, with values given in place of some."""
     base = scale.grids.get(optimizer) or searching.paper_grid(optimizer, given)
-    replaced = {METHODS[optimizer].alternatives.get(key) for key in given}
+    replaced = excluded(optimizer, given)
     return {**{key: values for key, values in base.items() if key not in replaced}, **given}
 
 

@@ -31,7 +31,7 @@ from tekfac.experiments.data import Dataset
 from tekfac.experiments.errors import Diverged, InputError
 from tekfac.experiments.files import markdown, write_csv, write_text
 from tekfac.experiments.metrics import EpochMetrics, History
-from tekfac.experiments.optimizers import METHODS, has_setting, resolve
+from tekfac.experiments.optimizers import METHODS, excluded, has_setting, resolve
 from tekfac.experiments.runs import CONFIG, Busy, RunFolder
 from tekfac.experiments.training import BatchProgress, Watcher, check, fit
 
@@ -95,11 +95,13 @@ def read_grid(texts: Sequence[str], method: str) -> Grid:
 def paper_grid(method: str, chosen: Mapping[str, object]) -> Grid:
     """The paper's grid for a method: those of its settings that are not ``chosen`` otherwise.
 
-    A setting counts as chosen, too, if one is that takes its place.
+    A setting counts as chosen, too, if one is that takes its place. Of two settings that exclude
+    each other it has the alternative: ν, the paper's damping in convolutional networks.
     """
-    defaults, alternatives = METHODS[method].defaults, METHODS[method].alternatives
-    taken = {*chosen, *(alternatives[key] for key in chosen if key in alternatives)}
-    return {key: each for key, each in PAPER_GRIDS.items() if key in defaults and key not in taken}
+    taken = {*chosen, *excluded(method, chosen)}
+    free = [key for key in PAPER_GRIDS if has_setting(method, key) and key not in taken]
+    replaced = {METHODS[method].alternatives.get(key) for key in free}
+    return {key: PAPER_GRIDS[key] for key in free if key not in replaced}
 
 
 @dataclass(frozen=True)
