@@ -98,7 +98,7 @@ class Layer(ABC):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The precision of statistics: the parameters' own, float32 at least."""
+        """The precision of estimates: the parameters' own, float32 at least."""
         return torch.promote_types(self.parameters[0].dtype, torch.float32)
 
     @property
@@ -178,7 +178,7 @@ class Layer(ABC):
 
         Yields:
             ``a`` ``(G, n, T // stride, d_in)``, of one position at least, and ``g``
-            ``(G, n, T, d_out)``.
+            ``(G, n, T, d_out)``; in bfloat16 if both came so, else in `dtype`.
         """
         calls = list(zip(sample.inputs, sample.gradients, strict=True))
         if all(len(g) % sample.examples == 0 for _, g in calls):
@@ -203,7 +203,10 @@ class Layer(ABC):
     ) -> tuple[Tensor, Tensor]:
         per = len(g) // examples
         span, n = slice(first * per, last * per), last - first
-        rows = self._outputs(g[span].to(self.dtype)).reshape(self.groups, n, -1, self.d_out)
+        dtype = self.dtype
+        if g.dtype == torch.bfloat16 and (x is None or x.dtype == torch.bfloat16):
+            dtype = torch.bfloat16
+        rows = self._outputs(g[span].to(dtype)).reshape(self.groups, n, -1, self.d_out)
         positions = rows.shape[2]
         read = positions if stride == 1 else max(1, positions // stride)
         a = rows.new_empty(self.groups, n, read, self.d_in)
@@ -214,7 +217,7 @@ class Layer(ABC):
                 within = (start + stride * torch.arange(read, device=a.device)) % positions
                 seen = (within + positions * (start - first)).flatten()
             columns = self.d_in - (self.bias is not None)
-            self._fill(a[..., :columns], x[span].to(self.dtype), seen)
+            self._fill(a[..., :columns], x[span].to(dtype), seen)
         if self.bias is not None:
             a[..., -1] = 1
         return a, rows

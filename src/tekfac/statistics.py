@@ -6,6 +6,9 @@ gradients ``g`` of shape ``(G, N, T, d_out)`` for ``N`` examples at ``T`` positi
 ``n``:
 
     Ω_n = Σ_t a_nt a_ntᵀ        Γ_n = (1/T) Σ_t g_nt g_ntᵀ        D_n = Σ_t g_nt a_ntᵀ
+
+Inputs and gradients in bfloat16 are multiplied as they are, on the fast units made for it; what a
+product comes to is added up in float32, like everything else.
 """
 
 from __future__ import annotations
@@ -22,7 +25,12 @@ TRIANGLE_COLUMNS = 96
 
 def square_norms(rows: Tensor) -> Tensor:
     """``Σ_t ‖x_nt‖²``: traces of ``Σ_t x xᵀ``. ``(G, N, T, d)`` to ``(G, N)``."""
-    return rows.square().sum(dim=(2, 3))
+    return rows.square().sum(dim=(2, 3), dtype=wide(rows.dtype))
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What sums of such numbers are kept in: float32 at least."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def second_moment(rows: Tensor, weights: Tensor | float, total: Tensor | None = None) -> Tensor:
@@ -39,16 +47,20 @@ def second_moment(rows: Tensor, weights: Tensor | float, total: Tensor | None = 
     Returns:
         Shape ``(G, d, d)``.
     """
-    weighted = rows * (weights[:, :, None, None] if isinstance(weights, Tensor) else weights)
+    weighted = rows * _for_rows(weights, rows)
     left, right = weighted.flatten(1, 2).mT, rows.flatten(1, 2)
     d = right.shape[2]
     if total is None:
-        total = right.new_zeros(right.shape[0], d, d)
+        total = right.new_zeros(right.shape[0], d, d, dtype=wide(right.dtype))
     width = max(TRIANGLE_COLUMNS, -(-d // 8))
     for first in range(0, d, width):
         last = min(first + width, d)
-        total[:, :last, first:last].baddbmm_(left[:, :last], right[:, :, first:last])
+        added(total[:, :last, first:last], left[:, :last], right[:, :, first:last])
     return total
+
+
+def _for_rows(weights: Tensor | float, rows: Tensor) -> Tensor | float:
+    return weights[:, :, None, None].to(rows.dtype) if isinstance(weights, Tensor) else weights
 
 
 def sketched(
@@ -66,7 +78,7 @@ def sketched(
         Shape ``(G, d, k)``.
     """
     seen = rotated(rows, probe)
-    seen.mul_(weights[:, :, None, None] if isinstance(weights, Tensor) else weights)
+    seen.mul_(_for_rows(weights, rows))
     return added(total, rows.flatten(1, 2).mT, seen.flatten(1, 2))
 
 
@@ -78,7 +90,9 @@ def symmetric(upper: Tensor) -> Tensor:
 
 def added(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
     """``total + left @ right`` in place, or the product alone; batches of matrices."""
-    return left @ right if total is None else total.baddbmm_(left, right)
+    if total is None:
+        return (left @ right).to(wide(left.dtype))
+    return total.baddbmm_(left, right) if left.dtype == total.dtype else total.add_(left @ right)
 
 
 def squared_gradients(
@@ -115,10 +129,10 @@ def squared_gradients(
             squares = _truncated_squares(few_a, few_g, basis_in, basis_out)
         elif before < after:
             gradients = rotated(few_g, basis_out).mT @ rotated(few_a, basis_in)
-            squares = gradients.square_().sum(dim=1)
+            squares = _sum_of_squares(gradients, 1)
         else:
             gradients = basis_out.mT[:, None] @ rotated(few_g.mT @ few_a, basis_in)
-            squares = gradients.square_().sum(dim=1)
+            squares = _sum_of_squares(gradients, 1)
         total = squares if total is None else total.add_(squares)
     assert total is not None
     return total
@@ -128,21 +142,27 @@ def _with_rest(squares: Tensor, rows: Tensor) -> Tensor:
     """Squares of rotated rows, and what they lack of ``‖x‖²`` if the basis is not whole."""
     if squares.shape[-1] == rows.shape[-1]:
         return squares
-    rest = rows.square().sum(-1, keepdim=True) - squares.sum(-1, keepdim=True)
-    return torch.cat([squares, rest.clamp_min_(0)], dim=-1)
+    dtype = wide(rows.dtype)
+    whole = rows.square().sum(-1, keepdim=True, dtype=dtype)
+    rest = (whole - squares.sum(-1, keepdim=True, dtype=dtype)).clamp_min_(0)
+    return torch.cat([squares, rest.to(squares.dtype)], dim=-1)
+
+
+def _sum_of_squares(values: Tensor, *dims: int) -> Tensor:
+    return values.square_().sum(dim=dims, dtype=wide(values.dtype))
 
 
 def _truncated_squares(a: Tensor, g: Tensor, basis_in: Tensor, basis_out: Tensor) -> Tensor:
     """`squared_gradients` of a few examples, in bases of leading eigenvectors."""
     inputs, outputs = rotated(a, basis_in), rotated(g, basis_out)
-    squares = (outputs.mT @ inputs).square_().sum(dim=1)
+    squares = _sum_of_squares(outputs.mT @ inputs, 1)
     if basis_in.shape[2] < a.shape[3]:
-        whole = (outputs.mT @ a).square_().sum(dim=(1, 3))
+        whole = _sum_of_squares(outputs.mT @ a, 1, 3)
         squares = torch.cat([squares, (whole - squares.sum(-1))[..., None]], dim=2)
     if basis_out.shape[2] < g.shape[3]:
-        whole = (g.mT @ inputs).square_().sum(dim=(1, 2))
+        whole = _sum_of_squares(g.mT @ inputs, 1, 2)
         if basis_in.shape[2] < a.shape[3]:
-            everything = (g.mT @ a).square_().sum(dim=(1, 2, 3))
+            everything = _sum_of_squares(g.mT @ a, 1, 2, 3)
             whole = torch.cat([whole, (everything - whole.sum(-1))[:, None]], dim=1)
         squares = torch.cat([squares, (whole - squares.sum(-2))[:, None]], dim=1)
     return squares.clamp_min_(0)

@@ -249,6 +249,12 @@ ScaleEvery = Annotated[
 BasisEvery = Annotated[
     int | None, typer.Option(help="Steps between eigenbases.", rich_help_panel=METHOD)
 ]
+Rank = Annotated[
+    int | None,
+    typer.Option(
+        help="Eigenvectors kept of factors wider than three times that.", rich_help_panel=METHOD
+    ),
+]
 
 
 TASK_OPTIONS = (
@@ -280,6 +286,7 @@ SETTING_OPTIONS = (
     "factor_every",
     "scale_every",
     "basis_every",
+    "rank",
     "first_order_lr",
 )
 
@@ -330,6 +337,7 @@ def train(
     factor_every: FactorEvery = None,
     scale_every: ScaleEvery = None,
     basis_every: BasisEvery = None,
+    rank: Rank = None,
     first_order_lr: FirstOrderLr = None,
     tensorboard: TensorBoard = None,
     out: Annotated[
@@ -447,6 +455,7 @@ def compare(
     factor_every: FactorEvery = None,
     scale_every: ScaleEvery = None,
     basis_every: BasisEvery = None,
+    rank: Rank = None,
     first_order_lr: FirstOrderLr = None,
     tensorboard: TensorBoard = None,
     out: Annotated[
@@ -568,6 +577,7 @@ def search(
     factor_every: FactorEvery = None,
     scale_every: ScaleEvery = None,
     basis_every: BasisEvery = None,
+    rank: Rank = None,
     first_order_lr: FirstOrderLr = None,
     tensorboard: TensorBoard = None,
     out: Annotated[

@@ -128,6 +128,7 @@ NATURAL_GRADIENT: Settings = {
     "fisher": "mc",
     "factor_every": 10,
     "basis_every": 20,
+    "rank": 512,
     "first_order_lr": 1e-3,
 }
 
