@@ -3,8 +3,9 @@
     python -m benchmarks.scaling --out benchmarks
 
 One convolution and one linear layer; batch, positions, input width and output width are doubled in
-turn while the others stay. Time is processor time of the block alone (`observe` and `update`, no
-new basis), the best of several; memory is the most that torch's allocator held during it, beyond
+turn while the others stay. Statistics are of the whole batch and in whole bases, what sampling and
+truncation save from. Time is processor time of the block alone (`observe` and `update`, no new
+basis), the best of several; memory is the most that torch's allocator held during it, beyond
 the sample itself. Slopes are fitted to the last three points, on logarithmic axes.
 """
 
@@ -39,7 +40,7 @@ def conv(sizes: Sizes) -> tuple[Layer, Sample]:
     x = torch.randn(sizes["batch"], sizes["input width"], rows, side)
     g = torch.randn(sizes["batch"], sizes["output width"], rows, side)
     layer = ConvLayer("conv", module, module.get_parameter("weight"), module.get_parameter("bias"))
-    return layer, Sample([x], [g], len(x), len(x))
+    return layer, Sample([x], [g], examples=len(x))
 
 
 def linear(sizes: Sizes) -> tuple[Layer, Sample]:
@@ -50,7 +51,7 @@ def linear(sizes: Sizes) -> tuple[Layer, Sample]:
     layer = LinearLayer(
         "linear", module, module.get_parameter("weight"), module.get_parameter("bias")
     )
-    return layer, Sample([x], [g], len(x), len(x))
+    return layer, Sample([x], [g], examples=len(x))
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tekfac
+from tekfac import moments
 from tekfac.linalg import completed, leading, orthonormal
 from tekfac.statistics import overlap
 
@@ -204,6 +205,21 @@ def test_resumes_bit_for_bit(method: str) -> None:
         for p, q in zip(model.parameters(), again.parameters(), strict=True):
             assert torch.equal(p, q)
         fresh.close()
+
+
+def test_a_failed_refresh_of_one_side_leaves_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x, y = problem(39, 5, 2, 12)
+    optimizer = stepped("TEKFAC", model, x, y, rank=RANK, factor_every=1, basis_every=1)
+    block = optimizer.blocks["layer"]
+    before = block.basis.input.clone()
+    monkeypatch.setattr(moments, "eigh", lambda matrix: None)  # that of the narrow side
+    optimizer.zero_grad()
+    F.cross_entropy(model(x), y).backward()
+    with pytest.warns(RuntimeWarning, match="no eigendecomposition of layer 'layer'"):
+        optimizer.step()
+    assert optimizer.counters["failed_decompositions"] == 1
+    for kept in (block.basis.input, block.factors.input.probe):
+        assert torch.equal(kept, before)
 
 
 def test_memory_is_that_of_the_rank() -> None:

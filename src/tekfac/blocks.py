@@ -351,6 +351,8 @@ class Block(ABC):
         input, output = self.factors.input.eigen(), self.factors.output.eigen()
         if input is None or output is None:
             return False
+        self.factors.input.follow(*input)
+        self.factors.output.follow(*output)
         vectors = input[1].to(self.storage), output[1].to(self.storage)
         new = Basis(*vectors, input[0], output[0])
         if self.basis is not None:
@@ -475,8 +477,9 @@ class CorrectedBlock(Block):
 
     def _add_squares(self, sample: Sample) -> None:
         assert self.basis is not None
+        input, output = self.basis.input, self.basis.output
         for a, g in self.layer.chunks(sample):
-            input, output = self.basis.input.to(a.dtype), self.basis.output.to(a.dtype)
+            input, output = input.to(a.dtype), output.to(a.dtype)
             self._sum = squared_gradients(a, g, input, output, self._sum)
 
     def _rescale(self, gradient_scale: float, decay: float) -> bool:

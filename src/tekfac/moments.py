@@ -98,10 +98,15 @@ class Moment:
         values, vectors = found
         others = vectors.shape[1] - vectors.shape[2]
         rest = ((self.trace - values.sum(dim=1)) / others).clamp_min(0)
-        # On the new probe, the isotropic remainder does not act.
-        storage = self.value.dtype
-        self.probe, self.value = vectors.to(storage), (vectors * values[:, None]).to(storage)
         return torch.cat([values, rest[:, None]], dim=1), vectors
+
+    def follow(self, values: Tensor, vectors: Tensor) -> None:
+        """Go on from a basis taken into use, by `eigen`, if only its part of the matrix is kept."""
+        if self.probe is not None:
+            assert self.value is not None
+            # On the new probe, the isotropic remainder does not act.
+            product = vectors * values[:, None, :-1]
+            self.probe, self.value = vectors.to(self.value.dtype), product.to(self.value.dtype)
 
     def load(self, value: Tensor | None, trace: Tensor | None) -> None:
         """Take over an estimate. The probe is then the first one, until a basis brings its own."""
