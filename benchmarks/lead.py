@@ -123,7 +123,7 @@ def trained(variant: Variant, task: Config, data: Any) -> list[str]:
     ]
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Run the variants that are missing and write the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -135,7 +135,7 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=12800)
     parser.add_argument("--held-out", type=int, default=5000)
     parser.add_argument("--epochs", type=int, default=3)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     warnings.simplefilter("ignore", RuntimeWarning)  # of steps skipped on the way to divergence
     task = Config(
         data=options.data,

@@ -1,4 +1,4 @@
-"""The benchmark of a step runs, at the smallest size, and its table holds together."""
+"""The benchmarks run, at the smallest size, and their tables hold together."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from types import ModuleType
 
 import pytest
 import torch
+
+from tekfac.experiments.config import Config
+from tekfac.experiments.optimizers import METHODS
 
 SMALL = ["--model", "cnn", "--width", "2", "--batch", "4", "--threads", "1", "--warmup", "2"]
 
@@ -93,3 +96,45 @@ def test_bad_options(
         step.main(arguments)
     assert raised.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.fixture
+def lead(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent)
+    return importlib.import_module("benchmarks.lead")
+
+
+def test_every_variant_of_the_study_can_be_trained(lead: ModuleType) -> None:
+    """What it changes is there to be changed, and the run gets through."""
+    task = Config(data="digits", network="mlp", width=4, epochs=1, limit_train=64, threads=1)
+    data = task.load_data()
+    for variant in lead.VARIANTS.values():
+        package = METHODS[variant.optimizer].package
+        if package is not None and importlib.util.find_spec(package) is None:
+            continue
+        config = lead.configured(variant, task)
+        assert {**config.settings, **variant.settings} == config.settings
+        row = lead.trained(variant, task, data)
+        assert row[0] == "diverged" or float(row[0]) > 0
+
+
+def test_the_study_goes_on_where_it_stopped(
+    lead: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = iter((["1", "2", "3"], None, ["4", "5", "6"]))
+
+    def trained(*_: object) -> list[str]:
+        row = next(results)
+        if row is None:
+            raise KeyboardInterrupt
+        return row
+
+    first, second = list(lead.VARIANTS)[:2]
+    monkeypatch.setattr(lead, "VARIANTS", {n: lead.VARIANTS[n] for n in (first, second)})
+    monkeypatch.setattr(lead, "trained", trained)
+    arguments = ["--data", "digits", "--train", "60", "--held-out", "20", "--out", str(tmp_path)]
+    with pytest.raises(KeyboardInterrupt):
+        lead.main(arguments)
+    lead.main(arguments)
+    assert lead.read(tmp_path / "lead.csv") == [[first, "1", "2", "3"], [second, "4", "5", "6"]]
+    assert f"| {second} | 4 | 5 | 6 |" in (tmp_path / "lead.md").read_text()
