@@ -57,13 +57,17 @@ class Variant:
 
 VARIANTS = {
     "TEKFAC": Variant(),
+    "SOAP, lr 2e-2": Variant("soap", {"lr": 2e-2}),
+    "lr 1e-2, kl_clip 1e-2": Variant(settings={"lr": 1e-2}, attributes={"kl_clip": 1e-2}),
+    "lr 1e-2, kl_clip 1e-3": Variant(settings={"lr": 1e-2}, attributes={"kl_clip": 1e-3}),
+    "norm layers by Adam with lr 2e-2": Variant(settings={"first_order_lr": 2e-2}),
+    "λ 3e-4, lr 1e-3": Variant(settings={"lr": 1e-3, "damping": 3e-4}),
     "intervals 10/10/100 from the first step": Variant(attributes={"interval_warmup": False}),
     "SOAP, lr 3e-3": Variant("soap", {"lr": 3e-3}),
-    "SOAP, lr 1e-2": Variant("soap", {"lr": 1e-2}),
-    "λ 1e-2": Variant(settings={"damping": 1e-2}),
-    "lr 1e-3": Variant(settings={"lr": 1e-3}),
     "EKFAC": Variant("ekfac"),
     "TKFAC": Variant("tkfac"),
+    "λ 1e-2": Variant(settings={"damping": 1e-2}),
+    "lr 1e-3": Variant(settings={"lr": 1e-3}),
     "norm layers by Adam with lr 1e-3": Variant(settings={"first_order_lr": 1e-3}),
     "trace damping, ν 1e-2": Variant(settings={"nu": 1e-2}),
     "β 1": Variant(attributes={"fc_scale": 1.0}),
@@ -79,8 +83,7 @@ VARIANTS = {
     "Nesterov's momentum": Variant(group={"nesterov": True}),
     "no momentum, lr × 10": Variant(settings={"momentum": 0.0, "lr": 3e-2}),
     "trace damping, ν 10": Variant(settings={"nu": 10.0}),
-    "SOAP, lr 3e-3, every step": Variant("soap", {"lr": 3e-3, "precondition_frequency": 1}),
-    "kl_clip 1e-3": Variant(attributes={"kl_clip": 1e-3}),
+    "SOAP, lr 2e-2, every step": Variant("soap", {"lr": 2e-2, "precondition_frequency": 1}),
     "Muon, lr 2e-2": Variant("muon", {"lr": 2e-2, "first_order_lr": 3e-3}),
 }
 HEADER = ["variant", "held-out loss", "held-out accuracy (%)", "processor seconds"]
