@@ -198,6 +198,9 @@ def test_accumulated_batches_are_sampled_each() -> None:
     sample = Sample([torch.zeros(10, 3)], [torch.zeros(10, 2)], examples=10)
     head = sample.head(4)
     assert (head.examples, len(head.inputs[0]), len(head.gradients[0])) == (4, 4, 4)
+    # What waits for its basis does not keep the whole batch in memory.
+    assert head.inputs[0].untyped_storage().nbytes() == 4 * 3 * 4
+    assert sample.head(10) is sample
     # k rows of each example stay together.
     assert len(Sample([None], [torch.zeros(30, 2)], examples=10).head(4).gradients[0]) == 12
     assert layer.positions(Sample([None], [torch.zeros(30, 2)], examples=10)) == 3

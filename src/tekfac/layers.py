@@ -46,10 +46,12 @@ class Sample:
     first: bool = True
 
     def head(self, examples: int) -> Sample:
-        """The first so many examples of it."""
+        """The first so many examples, in copies: what is kept of them must not keep the rest."""
+        if examples == self.examples:
+            return self
 
         def rows(values: Tensor) -> Tensor:
-            return values[: -(-len(values) * examples // self.examples)]
+            return values[: -(-len(values) * examples // self.examples)].clone()
 
         return Sample(
             [None if x is None else rows(x) for x in self.inputs],
