@@ -150,7 +150,7 @@ class Block(ABC):
         self.due = Due()
         self.silent = False
         """Measured, and found to get no gradient at all, before there was any estimate."""
-        self._examples = 0
+        self.discard()
 
     # -- what a curious user asks ------------------------------------------------------------------
 
@@ -312,16 +312,9 @@ class Block(ABC):
         """Take over what `state_dict` gave, in copies on the layer's device and as kept here."""
         self.discard()
         state = {name: self._adopted(name, value) for name, value in state.items()}
-        self.factors.load_state_dict(_under(state, "factor."))
         basis = _under(state, "basis.")
+        self.factors.load_state_dict(_under(state, "factor."), basis)
         self.basis = Basis(**basis) if basis else None
-        if self.basis is not None:  # wide factors are known on its vectors
-            for moment, vectors in (
-                (self.factors.input, self.basis.input),
-                (self.factors.output, self.basis.output),
-            ):
-                if moment.probe is not None:
-                    moment.probe = vectors
         self.silent = bool(state["silent"])
 
     def _adopted(self, name: str, value: Tensor) -> Tensor:
@@ -431,19 +424,8 @@ class CorrectedBlock(Block):
     Damping is added to it (3.4).
     """
 
-    def __init__(
-        self,
-        layer: Layer,
-        group: dict[str, Any],
-        rank: int | None = None,
-        storage: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(layer, group, rank, storage)
-        self.scale: Tensor | None = None
-        """``S`` or ``Λ``, ``(G, d_out, d_in)``: a value for each pair of the basis' eigenvalues."""
-        self._sum: Tensor | None = None
-        self._rescaled = 0
-        self._pending: list[Sample] = []
+    scale: Tensor | None = None
+    """``S`` or ``Λ``, ``(G, d_out, d_in)``: a value for each pair of the basis' eigenvalues."""
 
     @property
     def empty(self) -> bool:
@@ -462,8 +444,8 @@ class CorrectedBlock(Block):
 
     def discard(self) -> None:
         super().discard()
-        self._pending = []
-        self._sum = None
+        self._pending: list[Sample] = []
+        self._sum: Tensor | None = None
         self._rescaled = 0
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tekfac.moments import Moment
-from tekfac.statistics import averaged, square_norms
+from tekfac.statistics import averaged, square_norms, wide
 
 
 class Factors(ABC):
@@ -88,10 +88,15 @@ class Factors(ABC):
                 state[f"{name}_trace"] = moment.trace
         return state
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over an estimate returned by `state_dict`."""
+    def load_state_dict(self, state: dict[str, Tensor], vectors: dict[str, Tensor]) -> None:
+        """Take over an estimate returned by `state_dict`.
+
+        Args:
+            state: the estimate.
+            vectors: the basis' eigenvectors, "input" and "output", if there is a basis.
+        """
         for name, moment in self._moments():
-            moment.load(state.get(name), state.get(f"{name}_trace"))
+            moment.load(state.get(name), state.get(f"{name}_trace"), vectors.get(name))
 
     def _moments(self) -> tuple[tuple[str, Moment], tuple[str, Moment]]:
         return ("input", self.input), ("output", self.output)
@@ -122,8 +127,7 @@ class KroneckerFactors(Factors):
     def coefficient(self) -> Tensor:
         value = self.input.value
         assert value is not None
-        dtype = torch.promote_types(value.dtype, torch.float32)
-        return value.new_ones(value.shape[0], dtype=dtype)
+        return value.new_ones(value.shape[0], dtype=wide(value.dtype))
 
 
 class TraceRestrictedFactors(Factors):
@@ -176,8 +180,8 @@ class TraceRestrictedFactors(Factors):
         state = super().state_dict()
         return state if self.delta is None else state | {"delta": self.delta}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        super().load_state_dict(state)
+    def load_state_dict(self, state: dict[str, Tensor], vectors: dict[str, Tensor]) -> None:
+        super().load_state_dict(state, vectors)
         self.delta = state.get("delta")
 
     @property

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tekfac.statistics import wide
+
 # Entries of a layer's inputs made at once (4 MiB in float32, near a core's cache): examples are
 # gone through in chunks, so that no patch matrix is ever held whole.
 CHUNK_ENTRIES = 2**20
@@ -101,7 +103,7 @@ class Layer(ABC):
     @property
     def dtype(self) -> torch.dtype:
         """The precision of estimates: the parameters' own, float32 at least."""
-        return torch.promote_types(self.parameters[0].dtype, torch.float32)
+        return wide(self.parameters[0].dtype)
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tekfac.linalg import eigh, leading, orthonormal
-from tekfac.statistics import averaged, second_moment, sketched, square_norms, symmetric
+from tekfac.statistics import averaged, second_moment, sketched, square_norms, symmetric, wide
 
 
 class Moment:
@@ -88,7 +88,7 @@ class Moment:
         of all others.
         """
         assert self.value is not None
-        value = self.value.to(torch.promote_types(self.value.dtype, torch.float32))
+        value = self.value.to(wide(self.value.dtype))
         if self.probe is None:
             return eigh(value)
         assert self.trace is not None
@@ -108,12 +108,13 @@ class Moment:
             product = vectors * values[:, None, :-1]
             self.probe, self.value = vectors.to(self.value.dtype), product.to(self.value.dtype)
 
-    def load(self, value: Tensor | None, trace: Tensor | None) -> None:
-        """Take over an estimate. The probe is then the first one, until a basis brings its own."""
+    def load(self, value: Tensor | None, trace: Tensor | None, vectors: Tensor | None) -> None:
+        """Take over an estimate, and the eigenvectors of the basis that it belongs to, if any."""
         self.clear()
         self.value, self.trace, self.probe = value, trace, None
         if value is not None and trace is not None:
-            self.probe = orthonormal(value.shape[0], value.shape[1], value.shape[2], value)
+            groups, width, rank = value.shape
+            self.probe = orthonormal(groups, width, rank, value) if vectors is None else vectors
 
     def clear(self) -> None:
         """Forget the batch in flight."""

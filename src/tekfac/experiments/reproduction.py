@@ -9,7 +9,6 @@ belongs to the process that holds the lock on its folder, until that process end
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 from collections import Counter
@@ -25,11 +24,11 @@ from tekfac.experiments.config import Config
 from tekfac.experiments.data import Dataset
 from tekfac.experiments.errors import Diverged, InputError
 from tekfac.experiments.files import write_text
-from tekfac.experiments.metrics import EpochMetrics, History
+from tekfac.experiments.metrics import History
 from tekfac.experiments.optimizers import METHODS, excluded, has_setting
 from tekfac.experiments.presets import Preset
 from tekfac.experiments.published import TABLE_3, TABLE_4, TABLE_4_CENTRE, TABLE_4_TASK, Accuracy
-from tekfac.experiments.runs import CONFIG, METRICS, Busy, RunFolder
+from tekfac.experiments.runs import CONFIG, METRICS, Busy, RunFolder, read_metrics
 from tekfac.experiments.scales import OPTIMIZERS, Scale, gpu_hours
 from tekfac.experiments.searching import Grid, Outcome, Plan, Point, Result, Search
 from tekfac.experiments.training import Watcher, check, fit
@@ -441,13 +440,7 @@ def _finished(path: Path, wanted: Config) -> History | None:
                 )
         if not (path / METRICS).exists():
             return None
-        with open(path / METRICS, newline="") as file:
-            history = [
-                EpochMetrics(
-                    int(row.pop("epoch")), **{key: float(text) for key, text in row.items()}
-                )
-                for row in csv.DictReader(file)
-            ]
+        history = read_metrics(path / METRICS)
     except InputError:
         raise
     except (ValueError, TypeError, KeyError, AttributeError) as error:

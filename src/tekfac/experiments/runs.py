@@ -7,6 +7,7 @@ always be brought up to date after a crash between two writes.
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
 import pickle
@@ -211,6 +212,19 @@ class RunFolder:
     def _save_config(self) -> None:
         text = json.dumps(self.config.to_dict(), indent=2) + "\n"
         write_text(self.path / CONFIG, text)
+
+
+def read_metrics(path: Path) -> History:
+    """What `RunFolder.save_metrics` wrote, of a run that another process may be at.
+
+    Raises:
+        ValueError, TypeError, KeyError: if the file holds something else.
+    """
+    with open(path, newline="") as file:
+        return [
+            EpochMetrics(int(row.pop("epoch")), **{key: float(text) for key, text in row.items()})
+            for row in csv.DictReader(file)
+        ]
 
 
 def _scalars(metrics: EpochMetrics) -> dict[str, float]:
