@@ -189,15 +189,17 @@ PARTS = {
 
 @contextmanager
 def clocked(target: str, seconds: dict[str, float]) -> Iterator[None]:
-    """Add up the time spent in a function."""
+    """Add up the time spent in a function, without that in other clocked ones that it calls."""
     function = pkgutil.resolve_name(target)
 
     def timed(*args: object, **kwargs: object) -> object:
-        start = time.perf_counter()
+        start, others = time.perf_counter(), sum(seconds.values())
         try:
             return function(*args, **kwargs)
         finally:
-            seconds[target] = seconds.get(target, 0.0) + time.perf_counter() - start
+            inner = sum(seconds.values()) - others
+            spent = time.perf_counter() - start - inner
+            seconds[target] = seconds.get(target, 0.0) + spent
 
     with mock.patch(target, timed):
         yield

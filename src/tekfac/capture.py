@@ -1,10 +1,11 @@
 """What a layer saw: inputs and output gradients, taken from an unchanged training loop.
 
 Forward hooks note each layer's input and the place of its output in the autograd graph. A hook on
-the network's output runs when the user's own ``loss.backward()`` reaches it, and there asks
-autograd for the gradients of the layers' outputs under labels from the model, before the user's
-graph is freed; ``.grad`` is never touched. For the empirical Fisher the layers' outputs are
-listened to during the user's backward pass itself.
+the network's output runs when the user's own ``loss.backward()`` reaches it, and there has
+autograd go through the user's graph, before that is freed, with labels from the model; ``.grad`` is
+never touched. For the empirical Fisher the layers' outputs are listened to during the user's
+backward pass itself. Either way a block gets its layer's output gradients as soon as they are
+there, so that those of all layers are never held at once.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from tekfac.blocks import Block
@@ -44,6 +46,7 @@ class _Call:
     """Where the output is in the graph; None if it is the network's output itself."""
     gradient: Tensor | None = None
     given: bool = False
+    """Whether a block has had it, and is not to get it from another backward pass."""
 
 
 @dataclass(eq=False)
@@ -52,6 +55,8 @@ class _Pass:
 
     calls: list[_Call] = field(default_factory=list)
     examples: int = 0
+    first: bool = True
+    """Whether the backward pass through it that is going on is the first."""
 
 
 class Capture:
@@ -110,9 +115,11 @@ class Capture:
 
     def _give_waiting(self, here: _Pass, name: str) -> None:
         calls = self._waiting.pop((here, name))
-        self._give(calls, [call.gradient for call in calls], here.examples)
+        self._give(calls, here)
         for call in calls:
-            call.input, call.gradient, call.given = None, None, True
+            call.gradient = None
+            if self.fisher is None:
+                call.input, call.given = None, True
 
     def _register(self, module: nn.Module, method: str, name: str) -> None:
         hook = _Hook(self, method, name)
@@ -146,7 +153,7 @@ class Capture:
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def _follow(self, here: _Pass, call: _Call, out: Tensor) -> None:
         if self.fisher is None:
-            out.register_hook(lambda gradient: self._received(here, call, gradient))
+            out.register_hook(lambda gradient: self._overheard(here, call, gradient))
         else:
             call.edge = get_gradient_edge(out)
 
@@ -174,10 +181,13 @@ class Capture:
                 lambda gradient: self._differentiate(here, values, number, gradient)
             )
 
-    def _received(self, here: _Pass, call: _Call, gradient: Tensor) -> None:
+    def _overheard(self, here: _Pass, call: _Call, gradient: Tensor) -> None:
         """The user's backward pass has reached a layer's output (empirical Fisher)."""
-        if _own_passes or call.given or not here.examples:
-            return
+        if not (_own_passes or call.given) and here.examples:
+            self._received(here, call, gradient)
+
+    def _received(self, here: _Pass, call: _Call, gradient: Tensor) -> None:
+        """A layer's output gradient is there: hand it on if those of all its calls are."""
         call.gradient = gradient.detach()
         calls = [other for other in here.calls if other.block is call.block]
         self._waiting[here, call.block.name] = calls
@@ -190,44 +200,80 @@ class Capture:
         assert self.fisher is not None
         if _own_passes or not here.examples or not here.calls:
             return
-        calls, here.calls = here.calls, []  # once for each forward pass
         root = GradientEdge(torch._C._current_autograd_node(), number)
-        edges = [call.edge for call in calls if call.edge is not None]
         used = self.fisher.likelihood.used(gradient)
-        for draw, cotangent in enumerate(self.fisher.cotangents(values)):
-            cotangent = (cotangent if used is None else cotangent * used).to(values.dtype)
-            _own_passes += 1
-            try:
-                found = iter(_gradients(root, edges, cotangent))
-            finally:
-                _own_passes -= 1
-            gradients = [cotangent if call.edge is None else next(found) for call in calls]
-            for block in {call.block.name: call.block for call in calls}.values():
-                own = [i for i, call in enumerate(calls) if call.block is block]
-                self._give(
-                    [calls[i] for i in own], [gradients[i] for i in own], here.examples, draw == 0
-                )
+        _own_passes += 1
+        try:
+            for draw, cotangent in enumerate(self.fisher.cotangents(values)):
+                here.first = draw == 0
+                cotangent = (cotangent if used is None else cotangent * used).to(values.dtype)
+                self._go_through(here, root, cotangent)
+                self.flush()
+        finally:
+            _own_passes -= 1
+            here.calls = []  # once for each forward pass
 
-    def _give(
-        self,
-        calls: list[_Call],
-        gradients: list[Tensor | None],
-        examples: int,
-        first: bool = True,
+    def _go_through(self, here: _Pass, root: GradientEdge, cotangent: Tensor) -> None:
+        """A backward pass of our own through the user's graph, which is kept."""
+        nodes = [call.edge.node for call in here.calls if call.edge is not None]
+        last = _last(root.node, nodes)
+        ends, handles = [], []
+        try:
+            for call in here.calls:
+                if call.edge is None:
+                    self._received(here, call, cotangent)
+                elif call.edge.node in last:
+                    ends.append((call, call.edge))
+                else:
+                    hook = partial(self._passed, here, call, call.edge.output_nr)
+                    handles.append(call.edge.node.register_prehook(hook))
+            edges = [edge for _, edge in ends]
+            for (call, _), gradient in zip(ends, _gradients(root, edges, cotangent), strict=True):
+                if gradient is not None:
+                    self._received(here, call, gradient)
+        finally:
+            _remove(handles)
+
+    def _passed(
+        self, here: _Pass, call: _Call, number: int, gradients: tuple[Tensor | None, ...]
     ) -> None:
+        """Our own backward pass is about to go through what made a layer's output."""
+        gradient = gradients[number]
+        if gradient is not None:
+            self._received(here, call, gradient)
+
+    def _give(self, calls: list[_Call], here: _Pass) -> None:
         """Hand a block the calls of its layer in one pass."""
-        if all(gradient is None for gradient in gradients):
-            return
         inputs: list[Tensor | None] = []
         outputs: list[Tensor] = []
-        for call, gradient in zip(calls, gradients, strict=True):
-            if gradient is not None:
+        for call in calls:
+            if call.gradient is not None:
                 batched = call.block.layer.batched
                 inputs.append(None if call.input is None else batched(call.input))
-                outputs.append(batched(gradient))
-        sample = Sample(inputs, outputs, examples, first)
+                outputs.append(batched(call.gradient))
+        sample = Sample(inputs, outputs, here.examples, here.first)
         with torch.no_grad(), torch.autocast(outputs[0].device.type, enabled=False):
             calls[0].block.observe(sample)
+
+
+def _last(root: Node, nodes: list[Node]) -> set[Node]:
+    """Those of the nodes reached from the root from which no other of them is reached.
+
+    Autograd that is asked for their gradients goes through all the others on its way.
+    """
+    wanted = set(nodes)
+    leads: dict[Node, bool] = {}  # holds the nodes: one that nothing holds has no lasting identity
+    open_nodes = [(root, False)]
+    while open_nodes:
+        node, done = open_nodes.pop()
+        following = [other for other, _ in node.next_functions if other is not None]
+        if done:
+            leads[node] = any(other in wanted or leads[other] for other in following)
+        elif node not in leads:
+            leads[node] = False
+            open_nodes.append((node, True))
+            open_nodes += [(other, False) for other in following]
+    return {node for node in wanted if node in leads and not leads[node]}
 
 
 def _gradients(
