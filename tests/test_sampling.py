@@ -5,6 +5,7 @@ Truth is torch's own ``F.unfold`` and autograd's per-example gradients, in float
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -36,7 +37,9 @@ def layer_of(module: nn.Module) -> Any:
 
 def patches(module: nn.Conv2d, x: Tensor) -> Tensor:
     """``(N, T, columns)`` in the order (kernel, channel) that blocks use, and a 1 for the bias."""
-    unfolded = F.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride)
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    x = F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
+    unfolded = F.unfold(x, module.kernel_size, module.dilation, 0, module.stride)
     by_channel = unfolded.unflatten(1, (module.in_channels, -1))
     rows = by_channel.transpose(1, 2).flatten(1, 2).mT
     return torch.cat([rows, torch.ones_like(rows[..., :1])], dim=2)
@@ -60,6 +63,8 @@ def wanted(rows: Tensor, stride: int) -> Tensor:
         {"padding": 2, "stride": 2},
         {"dilation": 2, "padding": (1, 2)},
         {"stride": (1, 2)},
+        {"padding": "same"},
+        {"padding": 1, "padding_mode": "circular"},
     ],
 )
 def test_convolutions_read_every_so_many_positions(options: dict[str, Any], stride: int) -> None:
@@ -68,8 +73,15 @@ def test_convolutions_read_every_so_many_positions(options: dict[str, Any], stri
     x = torch.randn(5, 3, 7, 9, dtype=torch.float64)
     g = torch.randn_like(module(x))
     sample = Sample([x], [g], examples=5)
-    found = [a[0] for a, _ in layer_of(module).chunks(sample, stride)]
-    torch.testing.assert_close(torch.cat(found), wanted(patches(module, x), stride))
+    found = list(layer_of(module).chunks(sample, stride))
+    read = torch.cat([rows.a[0] for rows in found])
+    torch.testing.assert_close(read, wanted(patches(module, x), stride))
+    gradients = torch.cat([rows.g[0] for rows in found])
+    torch.testing.assert_close(gradients, wanted(g.flatten(2).mT, stride))
+    norms = torch.cat([rows.g_norms[0] for rows in found])
+    torch.testing.assert_close(norms, g.square().sum((1, 2, 3)))
+    norms = torch.cat([rows.a_norms[0] for rows in found])
+    torch.testing.assert_close(norms, patches(module, x).square().sum((1, 2)))
 
 
 def test_groups_and_other_dimensions_read_the_same_positions_as_the_whole() -> None:
@@ -84,11 +96,13 @@ def test_groups_and_other_dimensions_read_the_same_positions_as_the_whole() -> N
         module.double()
         x = torch.randn(*shape, dtype=torch.float64)
         layer, sample = layer_of(module), Sample([x], [torch.randn_like(module(x))], examples=3)
-        ((whole, g),) = layer.chunks(sample)
-        ((part, same),) = layer.chunks(sample, 4)
-        torch.testing.assert_close(same, g)
-        for group, rows in enumerate(part):
-            torch.testing.assert_close(rows, wanted(whole[group], 4))
+        (whole,), (part,) = layer.chunks(sample), layer.chunks(sample, 4)
+        assert part.positions == whole.a.shape[2]
+        torch.testing.assert_close(part.g_norms, whole.g.square().sum((2, 3)))
+        torch.testing.assert_close(part.a_norms, whole.a.square().sum((2, 3)))
+        for group in range(layer.groups):
+            torch.testing.assert_close(part.a[group], wanted(whole.a[group], 4))
+            torch.testing.assert_close(part.g[group], wanted(whole.g[group], 4))
 
 
 def test_rows_of_k_per_example_and_several_calls_are_positions_to_choose_from() -> None:
@@ -98,11 +112,16 @@ def test_rows_of_k_per_example_and_several_calls_are_positions_to_choose_from() 
         x = [torch.randn(*shape, dtype=torch.float64) for _ in range(2)]
         g = [torch.randn_like(module(each)) for each in x]
         layer = layer_of(module)
-        ((first, _),) = layer.chunks(Sample(x[:1], g[:1], examples=2))
-        ((second, _),) = layer.chunks(Sample(x[1:], g[1:], examples=2))
-        ((part, _),) = layer.chunks(Sample(x, g, examples=2), 3)
-        expected = torch.cat([wanted(first[0], 3), wanted(second[0], 3)], dim=1)
-        torch.testing.assert_close(part[0], expected)
+        (first,) = layer.chunks(Sample(x[:1], g[:1], examples=2))
+        (second,) = layer.chunks(Sample(x[1:], g[1:], examples=2))
+        (part,) = layer.chunks(Sample(x, g, examples=2), 3)
+        for name in ("a", "g"):
+            calls = (getattr(first, name)[0], getattr(second, name)[0])
+            expected = torch.cat([wanted(rows, 3) for rows in calls], dim=1)
+            torch.testing.assert_close(getattr(part, name)[0], expected)
+        torch.testing.assert_close(part.g_norms, first.g_norms + second.g_norms)
+        torch.testing.assert_close(part.a_norms, first.a_norms + second.a_norms)
+        assert part.positions == first.positions + second.positions
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -117,7 +136,9 @@ def test_sampled_factors_of_equal_examples_are_those_of_the_whole_batch(
     y = torch.zeros(8, dtype=torch.long)
     found: dict[int | None, Any] = {}
     for stride in (8, None):
-        monkeypatch.setattr(blocks, "factor_stride", lambda *_, stride=stride: stride or 1)
+        monkeypatch.setattr(
+            blocks, "factor_reading", lambda *_, stride=stride: sampling.Reading(8, stride or 1)
+        )
         optimizer = getattr(tekfac, method)(model, lr=0.0, fisher="empirical")
         F.cross_entropy(model(x), y).backward()
         optimizer.step()
@@ -142,10 +163,11 @@ def test_sampled_factors_are_moments_of_the_positions_read(method: str) -> None:
 
     stride = round(5 * 16 / (2 * 19))
     assert stride == 2
-    a, g = wanted(patches(model[0], x), stride), g.flatten(2).mT
+    a, g = patches(model[0], x), g.flatten(2).mT
+    trace_omega, trace_gamma = a.square().sum((1, 2)), g.square().sum((1, 2)) / 16  # of all
+    a, g = wanted(a, stride), wanted(g, stride)
     omega = torch.einsum("nti,ntj->nij", a, a) * 16 / a.shape[1]
-    gamma = torch.einsum("nti,ntj->nij", g, g) / 16
-    trace_omega, trace_gamma = (m.diagonal(dim1=1, dim2=2).sum(1) for m in (omega, gamma))
+    gamma = torch.einsum("nti,ntj->nij", g, g) / g.shape[1]
     if method in ("KFAC", "EKFAC"):
         expected = {"input": omega.mean(0), "output": gamma.mean(0)}
     else:
@@ -192,6 +214,46 @@ def test_the_rescaling_is_measured_on_the_first_examples(
         assert float(optimizer.blocks[name].scale.sum()) == pytest.approx(value, rel=TOLERANCE)
 
 
+@pytest.mark.usefixtures("always")
+@pytest.mark.parametrize("method", METHODS)
+def test_where_it_is_faster_float32_is_multiplied_as_bfloat16(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rounded to three digits, and nothing worse; asked for all, or in float64, it is exact."""
+    monkeypatch.setattr(sampling, "multiplies_bfloat16", lambda device: True)
+    torch.manual_seed(0)
+    start = nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(4 * 16, 3)
+    )
+    x, y = torch.randn(8, 2, 4, 4, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1, 2, 0, 1])
+
+    def state(dtype: torch.dtype, **options: Any) -> dict[str, Tensor]:
+        model = copy.deepcopy(start).to(dtype)
+        optimizer = getattr(tekfac, method)(model, lr=0.0, fisher="empirical", **options)
+        for _ in range(2):  # the second time in a basis that is there
+            optimizer.zero_grad()
+            F.cross_entropy(model(x.to(dtype)), y).backward()
+            optimizer.step()
+        found: dict[str, Tensor] = optimizer.blocks["0"].factors.state_dict()
+        if method in RESCALED:
+            found["sum of the rescaling"] = optimizer.blocks["0"].scale.sum()
+        return {name: value.double() for name, value in found.items()}
+
+    whole: dict[str, Any] = {"factor_rows": None}
+    if method in RESCALED:
+        whole["scale_examples"] = None
+    # So many that all of this little batch is read.
+    exact = state(torch.float64, factor_rows=1000)
+    rounded = state(torch.float32, factor_rows=1000)
+    for name, value in exact.items():
+        errors = (
+            (rounded[name] - value).norm() / value.norm(),
+            (state(torch.float32, **whole)[name] - value).norm() / value.norm(),
+        )
+        assert 1e-5 < errors[0] < 1e-2 or name == "delta", name
+        assert errors[1] < 1e-5, name
+
+
 def test_accumulated_batches_are_sampled_each() -> None:
     """Micro-batches of different sizes: every one gives its first examples, all count alike."""
     layer = layer_of(nn.Linear(3, 2))
@@ -222,10 +284,10 @@ def test_what_is_read_of_a_batch_of_128(
     layer = layer_of(nn.Conv2d(channels, channels, 3, padding=1))
     images = torch.zeros(1, channels, size, size).expand(128, -1, -1, -1)
     sample = Sample([images], [images], examples=128)
-    assert sampling.factor_stride(layer, sample, 8) == stride
-    assert sampling.factor_stride(layer, sample, None) == 1
-    assert sampling.examples_read(layer, sample, 32) == examples
-    assert sampling.examples_read(layer, sample, None) == 128
+    assert sampling.factor_reading(layer, sample, 8).stride == stride
+    assert sampling.factor_reading(layer, sample, None) == sampling.Reading(128)
+    assert sampling.scale_reading(layer, sample, 32).examples == examples
+    assert sampling.scale_reading(layer, sample, None) == sampling.Reading(128)
 
 
 def test_a_small_network_is_measured_whole() -> None:

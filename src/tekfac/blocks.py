@@ -18,7 +18,7 @@ from tekfac.damping import damping_of
 from tekfac.factors import Factors
 from tekfac.layers import Layer, Sample
 from tekfac.linalg import completed
-from tekfac.sampling import examples_read, factor_stride
+from tekfac.sampling import factor_reading, scale_reading
 from tekfac.statistics import averaged, carried_over, overlap, squared_gradients
 
 DENSE_LIMIT = 8192
@@ -255,9 +255,9 @@ class Block(ABC):
         if sample.first:
             self._examples += sample.examples
         if self.due.factors:
-            stride = factor_stride(self.layer, sample, self.due.factor_rows)
-            for a, g in self.layer.chunks(sample, stride):
-                self.factors.add(a, g, sample.first)
+            read = factor_reading(self.layer, sample, self.due.factor_rows)
+            for rows in self.layer.chunks(sample, read.stride, read.dtype):
+                self.factors.add(rows, sample.first)
 
     def precondition(self, matrix: Tensor) -> Tensor:
         """``(F̂ + λ I)⁻¹ ∇h`` for a ``(G, d_out, d_in)`` gradient (2.5): rotate, rescale, rotate."""
@@ -434,17 +434,19 @@ class CorrectedBlock(Block):
     def observe(self, sample: Sample) -> None:
         super().observe(sample)
         if self.due.scale:
-            part = sample.head(examples_read(self.layer, sample, self.due.scale_examples))
+            read = scale_reading(self.layer, sample, self.due.scale_examples)
+            part = sample.head(read.examples)
             if part.first:
                 self._rescaled += part.examples
             if self.due.basis:
-                self._pending.append(part)  # until the basis that it belongs to is known
+                # Until the basis that it belongs to is known.
+                self._pending.append((part, read.dtype))
             else:
-                self._add_squares(part)
+                self._add_squares(part, read.dtype)
 
     def discard(self) -> None:
         super().discard()
-        self._pending: list[Sample] = []
+        self._pending: list[tuple[Sample, torch.dtype | None]] = []
         self._sum: Tensor | None = None
         self._rescaled = 0
 
@@ -457,16 +459,16 @@ class CorrectedBlock(Block):
         scale = state.get("scale")
         self.scale = None if scale is None else self._adopted("scale", scale)
 
-    def _add_squares(self, sample: Sample) -> None:
+    def _add_squares(self, sample: Sample, dtype: torch.dtype | None) -> None:
         assert self.basis is not None
         input, output = self.basis.input, self.basis.output
-        for a, g in self.layer.chunks(sample):
-            input, output = input.to(a.dtype), output.to(a.dtype)
-            self._sum = squared_gradients(a, g, input, output, self._sum)
+        for rows in self.layer.chunks(sample, dtype=dtype):
+            input, output = input.to(rows.a.dtype), output.to(rows.a.dtype)
+            self._sum = squared_gradients(rows.a, rows.g, input, output, self._sum)
 
     def _rescale(self, gradient_scale: float, decay: float) -> bool:
-        for sample in self._pending:
-            self._add_squares(sample)
+        for waiting in self._pending:
+            self._add_squares(*waiting)
         if self._sum is None:
             return True
         if not bool(torch.isfinite(self._sum).all()):

@@ -41,8 +41,9 @@ class EKFAC(NaturalGradient):
     Args:
         scale_every: steps between measurements of the rescaling.
         scale_decay: ε1 of (3.8), in [0, 1): the weight of the past.
-        scale_examples: examples of each batch, the first ones, that the rescaling is measured on in
-            layers with much work (`tekfac.sampling`). None for all.
+        scale_examples: where it takes much work, examples of each batch, the first ones, that the
+            rescaling is measured on, in bfloat16 if that is faster (`tekfac.sampling`). None for
+            all, as they are.
 
     All other arguments and errors: see `NaturalGradient`.
 

@@ -12,8 +12,9 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from tekfac.layers import Rows
 from tekfac.moments import Moment
-from tekfac.statistics import averaged, square_norms, wide
+from tekfac.statistics import averaged, wide
 
 
 class Factors(ABC):
@@ -33,13 +34,11 @@ class Factors(ABC):
         self.output = Moment(rank, storage)
 
     @abstractmethod
-    def add(self, a: Tensor, g: Tensor, first: bool) -> None:
+    def add(self, rows: Rows, first: bool) -> None:
         """Add examples to the batch's sums.
 
         Args:
-            a: inputs, ``(G, N, T, d_in)``, or those at some of the positions, which then stand for
-                all of them.
-            g: output gradients, ``(G, N, T, d_out)``.
+            rows: their inputs and output gradients.
             first: whether these examples are added for the first time in this batch, and not again
                 with gradients for other labels: what does not depend on ``g`` is then as it was.
         """
@@ -111,10 +110,11 @@ class KroneckerFactors(Factors):
     The block is taken to be ``A ⊗ G``, as if inputs and output gradients were uncorrelated.
     """
 
-    def add(self, a: Tensor, g: Tensor, first: bool) -> None:
+    def add(self, rows: Rows, first: bool) -> None:
+        read = rows.a.shape[2]
         if first:
-            self.input.add(a, g.shape[2] / a.shape[2])
-        self.output.add(g, 1 / g.shape[2])
+            self.input.add(rows.a, rows.positions / read)
+        self.output.add(rows.g, 1 / read)
 
     def update(self, examples: int, gradient_scale: float, decay: float) -> bool:
         if not self._finite():
@@ -143,12 +143,11 @@ class TraceRestrictedFactors(Factors):
         self.delta: Tensor | None = None
         self._delta: Tensor | None = None
 
-    def add(self, a: Tensor, g: Tensor, first: bool) -> None:
-        times = g.shape[2] / a.shape[2]
-        trace_omega = square_norms(a) * times
-        trace_gamma = square_norms(g) / g.shape[2]
-        self.input.add(a, trace_gamma * times)
-        self.output.add(g, trace_omega / g.shape[2])
+    def add(self, rows: Rows, first: bool) -> None:
+        read = rows.a.shape[2]
+        trace_omega, trace_gamma = rows.a_norms, rows.g_norms / rows.positions
+        self.input.add(rows.a, trace_gamma * (rows.positions / read))
+        self.output.add(rows.g, trace_omega / read)
         delta = (trace_omega * trace_gamma).sum(dim=1)
         self._delta = delta if self._delta is None else self._delta.add_(delta)
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tekfac.statistics import wide
+from tekfac.statistics import square_norms, wide
 
 # Entries of a layer's inputs made at once (4 MiB in float32, near a core's cache): examples are
 # gone through in chunks, so that no patch matrix is ever held whole.
@@ -61,6 +61,25 @@ class Sample:
             examples,
             self.first,
         )
+
+
+@dataclass
+class Rows:
+    """A few examples of a sample as matrices of rows.
+
+    Args:
+        a: inputs, ``(G, n, T', d_in)``: at all ``T`` positions, or at some that stand for all.
+        g: output gradients at the same positions, ``(G, n, T', d_out)``.
+        positions: ``T``.
+        a_norms: ``Σ_t ‖a_nt‖²`` over all of them, ``(G, n)``.
+        g_norms: ``Σ_t ‖g_nt‖²`` over all of them, ``(G, n)``.
+    """
+
+    a: Tensor
+    g: Tensor
+    positions: int
+    a_norms: Tensor
+    g_norms: Tensor
 
 
 class Layer(ABC):
@@ -168,8 +187,10 @@ class Layer(ABC):
         rows = sum(g.numel() for g in sample.gradients) // (self.groups * self.d_out)
         return rows // sample.examples
 
-    def chunks(self, sample: Sample, stride: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
-        """Inputs and output gradients of a sample, a few examples at a time.
+    def chunks(
+        self, sample: Sample, stride: int = 1, dtype: torch.dtype | None = None
+    ) -> Iterator[Rows]:
+        """A sample as rows, a few examples at a time.
 
         Several calls of one layer are further positions of the same examples. A leading dimension
         of ``k N`` holds ``k`` positions of each of ``N`` examples; one that ``N`` does not divide
@@ -177,12 +198,9 @@ class Layer(ABC):
 
         Args:
             sample: what to go through.
-            stride: take the inputs at every ``stride``-th position only. Each example begins at
+            stride: read every ``stride``-th position only, one at least. Each example begins at
                 another position, so that all are seen in a batch.
-
-        Yields:
-            ``a`` ``(G, n, T // stride, d_in)``, of one position at least, and ``g``
-            ``(G, n, T, d_out)``; in bfloat16 if both came so, else in `dtype`.
+            dtype: what to give; None for bfloat16 if both came so, else `dtype`.
         """
         calls = list(zip(sample.inputs, sample.gradients, strict=True))
         if all(len(g) % sample.examples == 0 for _, g in calls):
@@ -192,39 +210,49 @@ class Layer(ABC):
         for group, examples in zip(together, counts, strict=True):
             positions = sum(g[0].numel() for _, g in group if len(g)) // (self.groups * self.d_out)
             read = max(1, positions // stride)
-            entries = max(1, self.groups * max(read * self.d_in, positions * self.d_out))
+            entries = max(1, self.groups * read * max(self.d_in, self.d_out))
             step = max(1, CHUNK_ENTRIES // entries, CHUNK_ROWS // read)
             for first in range(0, examples, step):
                 span = (first, min(first + step, examples))
-                parts = [self._rows(x, g, examples, *span, stride) for x, g in group]
-                yield (
-                    torch.cat([a for a, _ in parts], dim=2) if len(parts) > 1 else parts[0][0],
-                    torch.cat([g for _, g in parts], dim=2) if len(parts) > 1 else parts[0][1],
-                )
+                parts = [self._rows(x, g, examples, *span, stride, dtype) for x, g in group]
+                yield parts[0] if len(parts) == 1 else _side_by_side(parts)
 
     def _rows(
-        self, x: Tensor | None, g: Tensor, examples: int, first: int, last: int, stride: int
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        x: Tensor | None,
+        g: Tensor,
+        examples: int,
+        first: int,
+        last: int,
+        stride: int,
+        dtype: torch.dtype | None,
+    ) -> Rows:
         per = len(g) // examples
         span, n = slice(first * per, last * per), last - first
-        dtype = self.dtype
-        if g.dtype == torch.bfloat16 and (x is None or x.dtype == torch.bfloat16):
-            dtype = torch.bfloat16
-        rows = self._outputs(g[span].to(dtype)).reshape(self.groups, n, -1, self.d_out)
+        if dtype is None:
+            lower = g.dtype == torch.bfloat16 and (x is None or x.dtype == torch.bfloat16)
+            dtype = torch.bfloat16 if lower else self.dtype
+        rows = self._outputs(g[span]).reshape(self.groups, n, -1, self.d_out)
         positions = rows.shape[2]
+        g_norms = square_norms(rows)
+        a_norms = torch.zeros_like(g_norms)
         read = positions if stride == 1 else max(1, positions // stride)
+        seen = None
+        if read < positions:
+            start = torch.arange(first, last, device=g.device)[:, None]
+            within = (start + stride * torch.arange(read, device=g.device)) % positions
+            rows = rows[:, torch.arange(n, device=g.device)[:, None], within]
+            seen = (within + positions * (start - first)).flatten()
+        rows = rows.to(dtype)
         a = rows.new_empty(self.groups, n, read, self.d_in)
         if x is not None:
-            seen = None
-            if read < positions:
-                start = torch.arange(first, last, device=a.device)[:, None]
-                within = (start + stride * torch.arange(read, device=a.device)) % positions
-                seen = (within + positions * (start - first)).flatten()
             columns = self.d_in - (self.bias is not None)
-            self._fill(a[..., :columns], x[span].to(dtype), seen)
+            self._fill(a[..., :columns], x[span], seen)
+            a_norms += self._norms(x[span]).view(self.groups, n, -1).sum(dim=2)
         if self.bias is not None:
             a[..., -1] = 1
-        return a, rows
+            a_norms += positions
+        return Rows(a, rows, positions, a_norms, g_norms)
 
     def _groups(self) -> int:
         return 1
@@ -255,14 +283,29 @@ class Layer(ABC):
         """Write the inputs ``(R, ...)`` into ``target``, ``(G, n, T, d_in without the bias)``.
 
         Args:
-            target: where to.
+            target: where to, in any type.
             x: the layer's inputs.
             seen: numbers of the positions wanted, counted through all ``R``; None for all.
         """
 
     @abstractmethod
+    def _norms(self, x: Tensor) -> Tensor:
+        """``(R, ...)`` to ``(G, R)``: square norms of the inputs, summed over all positions."""
+
+    @abstractmethod
     def _outputs(self, g: Tensor) -> Tensor:
         """``(R, ...)`` to ``(G, R, T, d_out)``."""
+
+
+def _side_by_side(parts: list[Rows]) -> Rows:
+    """Several calls of a layer: further positions of the same examples."""
+    return Rows(
+        torch.cat([part.a for part in parts], dim=2),
+        torch.cat([part.g for part in parts], dim=2),
+        sum(part.positions for part in parts),
+        torch.stack([part.a_norms for part in parts]).sum(dim=0),
+        torch.stack([part.g_norms for part in parts]).sum(dim=0),
+    )
 
 
 _KINDS: dict[Callable[..., object], type[Layer]] = {}
@@ -304,6 +347,9 @@ class LinearLayer(Layer):
         rows = x.reshape(-1, x.shape[-1])
         target.copy_((rows if seen is None else rows[seen]).view(target.shape))
 
+    def _norms(self, x: Tensor) -> Tensor:
+        return square_norms(self._outputs(x))
+
     def _outputs(self, g: Tensor) -> Tensor:
         return g.reshape(1, g.shape[0], -1, g.shape[-1])
 
@@ -335,63 +381,111 @@ class ConvLayer(Layer):
         return columns.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
 
     def _fill(self, target: Tensor, x: Tensor, seen: Tensor | None) -> None:
-        module = self.module
+        if seen is not None and 4 * target.numel() <= x.numel():
+            self._fill_few(target, x, seen)
+            return
         # Channels last, so that every kernel position is copied in contiguous runs of channels.
-        padded = self._padded(x).movedim(1, -1).contiguous()
-        axes = list(
-            zip(
-                padded.shape[1:-1],
-                module.kernel_size,
-                module.stride,
-                module.dilation,
-                strict=True,
-            )
-        )
-        sizes = [
-            (full - (size - 1) * dilation - 1) // stride + 1
-            for full, size, stride, dilation in axes
-        ]
-        shape: tuple[int, ...] = (len(x), *sizes)
+        padded = self._padded(x.to(target.dtype)).movedim(1, -1).contiguous()
+        sizes = self._sizes(padded.shape[1:-1])
+        shape = (len(x), *sizes)
         if seen is not None:
             # Numbers of positions to numbers of pixels, where the kernel's first entry lies.
             pixels = padded.flatten(0, -2)
             corner, *places = torch.unravel_index(seen, shape)
-            for place, (full, _, stride, _) in zip(places, axes, strict=True):
+            for place, full, stride in zip(
+                places, padded.shape[1:-1], self.module.stride, strict=True
+            ):
                 corner = corner * full + place * stride
             shape = (len(seen),)
-        target = target.view(self.groups, *shape, math.prod(module.kernel_size), -1)
-        for number, offsets in enumerate(product(*map(range, module.kernel_size))):
+        target = target.view(self.groups, *shape, math.prod(self.module.kernel_size), -1)
+        for number, offsets in enumerate(self._offsets()):
             if seen is None:
                 window = tuple(
-                    slice(offset * dilation, offset * dilation + (size - 1) * stride + 1, stride)
-                    for offset, size, (_, _, stride, dilation) in zip(
-                        offsets, sizes, axes, strict=True
-                    )
+                    slice(offset, offset + (size - 1) * stride + 1, stride)
+                    for offset, size, stride in zip(offsets, sizes, self.module.stride, strict=True)
                 )
                 found = padded[(slice(None), *window)]
             else:
                 shift = 0
-                for offset, (full, _, _, dilation) in zip(offsets, axes, strict=True):
-                    shift = shift * full + offset * dilation
+                for offset, full in zip(offsets, padded.shape[1:-1], strict=True):
+                    shift = shift * full + offset
                 found = pixels.index_select(0, corner + shift)
             target[..., number, :].copy_(found.unflatten(-1, (self.groups, -1)).movedim(-2, 0))
+
+    def _fill_few(self, target: Tensor, x: Tensor, seen: Tensor) -> None:
+        """The same where less is read than there is: no copy of all is made first."""
+        zeros = self.module.padding_mode == "zeros"
+        before = [first if zeros else 0 for first, _ in self._padding()]
+        full = [size + sum(pair) for size, pair in zip(x.shape[2:], self._padding(), strict=True)]
+        example, *places = torch.unravel_index(seen, (len(x), *self._sizes(full)))
+        pixels = (x if zeros else self._padded(x)).movedim(1, -1)
+        target = target.view(self.groups, len(seen), math.prod(self.module.kernel_size), -1)
+        for number, offsets in enumerate(self._offsets()):
+            index, inside = [example], torch.ones_like(seen, dtype=torch.bool)
+            for place, stride, offset, first, size in zip(
+                places, self.module.stride, offsets, before, pixels.shape[1:-1], strict=True
+            ):
+                wanted = place * stride + (offset - first)
+                index.append(wanted.clamp(0, size - 1))
+                inside &= index[-1] == wanted
+            found = torch.where(inside[:, None], pixels[tuple(index)], 0)
+            target[..., number, :].copy_(found.unflatten(-1, (self.groups, -1)).movedim(-2, 0))
+
+    def _offsets(self) -> Iterator[tuple[int, ...]]:
+        """Where the kernel's entries lie from its first."""
+        module = self.module
+        return product(
+            *(
+                range(0, size * dilation, dilation)
+                for size, dilation in zip(module.kernel_size, module.dilation, strict=True)
+            )
+        )
+
+    def _sizes(self, padded: Sequence[int]) -> list[int]:
+        """Positions along each axis of an input of this size, padding included."""
+        module = self.module
+        return [
+            (full - (size - 1) * dilation - 1) // stride + 1
+            for full, size, stride, dilation in zip(
+                padded, module.kernel_size, module.stride, module.dilation, strict=True
+            )
+        ]
+
+    def _norms(self, x: Tensor) -> Tensor:
+        grouped = x.unflatten(1, (self.groups, -1))
+        squares = torch.linalg.vector_norm(grouped, dim=2, dtype=wide(x.dtype)).square_()
+        zeros = self.module.padding_mode == "zeros"
+        squares = squares if zeros else self._padded(squares)
+        full = [size + sum(pair) for size, pair in zip(x.shape[2:], self._padding(), strict=True)]
+        axes = zip(full, self._sizes(full), self._padding(), range(len(full)), strict=True)
+        for length, size, (before, after), axis in reversed(list(axes)):
+            # How many patches an entry is in, along this axis.
+            counts = squares.new_zeros(length)
+            kernel, stride = self.module.kernel_size[axis], self.module.stride[axis]
+            for offset in range(0, kernel * self.module.dilation[axis], self.module.dilation[axis]):
+                counts[offset : offset + (size - 1) * stride + 1 : stride] += 1
+            squares = squares @ (counts[before : length - after] if zeros else counts)
+        return squares.mT
 
     def _outputs(self, g: Tensor) -> Tensor:
         rows: Tensor = g.flatten(2).unflatten(1, (self.groups, -1))
         return rows.permute(1, 0, 3, 2)
 
-    def _padded(self, x: Tensor) -> Tensor:
+    def _padding(self) -> list[tuple[int, int]]:
+        """Entries added before and behind each axis."""
         module = self.module
-        pad: list[int] = []  # F.pad counts from the last dimension
-        for axis in reversed(range(len(module.kernel_size))):
-            if module.padding == "same":
-                total = module.dilation[axis] * (module.kernel_size[axis] - 1)
-                pad += [total // 2, total - total // 2]
-            else:
-                before = 0 if isinstance(module.padding, str) else module.padding[axis]
-                pad += [before, before]
-        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-        return F.pad(x, pad, mode=mode) if any(pad) else x
+        if module.padding == "same":
+            totals = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+            return [(total // 2, total - total // 2) for total in totals]
+        if isinstance(module.padding, str):
+            return [(0, 0)] * len(module.kernel_size)
+        return [(before, before) for before in module.padding]
+
+    def _padded(self, x: Tensor) -> Tensor:
+        # F.pad counts from the last dimension.
+        pad = [entries for pair in reversed(self._padding()) for entries in pair]
+        mode = self.module.padding_mode
+        return F.pad(x, pad, mode="constant" if mode == "zeros" else mode) if any(pad) else x
 
 
 @dataclass

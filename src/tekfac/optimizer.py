@@ -99,9 +99,10 @@ class NaturalGradient(torch.optim.Optimizer):
         interval_warmup: let intervals of 10 steps or more be shorter early in training: at most an
             eighth of the steps taken for statistics, a quarter for the basis (`tekfac.intervals`).
         factor_decay: ε2 of (3.6) and (3.7), in [0, 1): the weight of the past.
-        factor_rows: in layers with many positions, inputs that the input-side factor is estimated
-            from in each batch, for each of its columns: at evenly spread positions of every
-            example. Layers with little work are measured whole (`tekfac.sampling`). None for all.
+        factor_rows: where a layer's factors take much work, inputs that they are estimated from in
+            each batch, for each column of the input-side one: at evenly spread positions of every
+            example, and multiplied as bfloat16 where the processor is made for that
+            (`tekfac.sampling`). None for all, as they are.
         rank: eigenvectors kept of a wide factor, one wider than three times that; the directions
             orthogonal to them share one eigenvalue, which keeps the trace. It bounds what memory,
             refreshes and preconditioning cost in wide layers. None for all eigenvectors always.

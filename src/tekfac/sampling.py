@@ -4,12 +4,19 @@ Exact statistics of a whole batch can cost several times the step that they are 
 input-side factor of a 3×3 convolution alone nine times its forward pass. They are estimates in any
 case, of an expectation, from one batch's examples; neighbouring positions of an image say nearly
 the same, and the running average sees many batches. So where there is much work, factors read
-evenly spread positions of every example, as many as their size needs, and the rescaling, which
-needs whole per-example gradients, the first examples of the batch. Both remain unbiased. Layers
-with little work are measured whole.
+evenly spread positions of every example, as many as their size needs (the traces that weigh the
+examples are those of all positions), and the rescaling, which needs whole per-example gradients,
+the first examples of the batch. Both remain unbiased. There, float32 is also rounded to bfloat16
+before it is multiplied, on processors with units for that. Layers with little work are measured
+whole and as they are.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
 
 from tekfac.layers import Layer, Sample
 from tekfac.statistics import rotation_costs
@@ -17,24 +24,45 @@ from tekfac.statistics import rotation_costs
 # Multiplications (about 3 ms of a CPU core) below which nothing is worth saving.
 SMALL = 2**28
 
+# What it takes to copy an entry of the inputs, in multiplications.
+COPY = 64
 
-def factor_stride(layer: Layer, sample: Sample, rows: int | None) -> int:
-    """Every how many positions the input-side factor is to read.
+
+@dataclass(frozen=True)
+class Reading:
+    """What is read of a sample.
+
+    Attributes:
+        examples: how many, the first ones.
+        stride: every how many positions the inputs are read.
+        dtype: what is multiplied; None for what the sample is in.
+    """
+
+    examples: int
+    stride: int = 1
+    dtype: torch.dtype | None = None
+
+
+def factor_reading(layer: Layer, sample: Sample, rows: int | None) -> Reading:
+    """What the factors are to read.
 
     Args:
         layer: the layer.
         sample: what it saw.
-        rows: inputs to read, in all examples together, for each column of the factor; None for all.
+        rows: inputs to read, in all examples together, for each column of the input-side factor;
+            None for all.
     """
     positions = layer.positions(sample)
     there = sample.examples * positions
-    if rows is None or layer.groups * there * layer.d_in**2 <= SMALL:
-        return 1
-    return min(positions, max(1, round(there / (rows * layer.d_in))))
+    work = layer.groups * there * layer.d_in * (layer.d_in + COPY)
+    if rows is None or work <= SMALL:
+        return Reading(sample.examples)
+    stride = min(positions, max(1, round(there / (rows * layer.d_in))))
+    return Reading(sample.examples, stride, _fast_dtype(layer, sample))
 
 
-def examples_read(layer: Layer, sample: Sample, examples: int | None) -> int:
-    """How many examples the rescaling is to be measured on.
+def scale_reading(layer: Layer, sample: Sample, examples: int | None) -> Reading:
+    """What the rescaling is to read.
 
     Args:
         layer: the layer.
@@ -42,7 +70,21 @@ def examples_read(layer: Layer, sample: Sample, examples: int | None) -> int:
         examples: the examples to read where there is much work; None for all.
     """
     positions, d_in, d_out = layer.positions(sample), layer.d_in, layer.d_out
-    work = positions * d_in * d_out + min(rotation_costs(positions, d_in, d_out))
+    work = positions * d_in * (d_out + COPY) + min(rotation_costs(positions, d_in, d_out))
     if examples is None or layer.groups * sample.examples * work <= SMALL:
-        return sample.examples
-    return min(sample.examples, examples)
+        return Reading(sample.examples)
+    return Reading(min(sample.examples, examples), dtype=_fast_dtype(layer, sample))
+
+
+def _fast_dtype(layer: Layer, sample: Sample) -> torch.dtype | None:
+    if layer.dtype == torch.float32 and multiplies_bfloat16(sample.gradients[0].device):
+        return torch.bfloat16
+    return None
+
+
+@cache
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether products in bfloat16 are several times as fast as in float32 there."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" and torch.cpu._is_amx_tile_supported()
