@@ -109,8 +109,8 @@ class Due:
 class Report:
     """What became of a block's statistics in a step."""
 
-    skipped: bool = False
-    """The batch's statistics were not finite and were left out."""
+    used: Tensor | bool = True
+    """Whether the batch's statistics, if any, were finite; if not, they were left out."""
     failed: bool = False
     """The eigendecomposition failed and the last good basis was kept."""
 
@@ -265,7 +265,11 @@ class Block(ABC):
         return basis.apply(self._damped_eigenvalues().reciprocal(), matrix)
 
     def update(
-        self, gradient_scale: float | None, factor_decay: float, scale_decay: float
+        self,
+        gradient_scale: float | None,
+        factor_decay: float,
+        scale_decay: float,
+        usable: Tensor | None = None,
     ) -> Report:
         """Bring the estimate up to date: factors, basis, rescaling, as far as they are due.
 
@@ -274,22 +278,27 @@ class Block(ABC):
                 the number of examples in the batches observed.
             factor_decay: ε2 of (3.6) and (3.7).
             scale_decay: ε1 of (3.8).
+            usable: if given, whether what was observed may be used, 0-dimensional. Where no basis
+                is due and there is an estimate already, nothing is read from the device then.
         """
         examples = self._examples
         scale = float(examples) if gradient_scale is None else gradient_scale
-        skipped = failed = False
+        used: Tensor | bool = True
+        failed = False
         if examples and self.due.factors:
             if self.empty and self.factors.silent:
                 self.silent = True
                 self.discard()
                 return Report()
-            skipped = not self.factors.update(examples, scale, factor_decay)
-        if not skipped and self.due.basis and not self.factors.empty:
+            used = self.factors.update(examples, scale, factor_decay, usable)
+        if self.due.basis and not self.factors.empty and bool(used):
             failed = not self._refresh()
-        if examples and not skipped and self.basis is not None:
-            skipped = not self._rescale(scale, scale_decay)
+        if examples and self.basis is not None and used is not False:
+            # What the factors could not use is not used here either.
+            usable = used if isinstance(used, Tensor) else usable
+            used = self._rescale(scale, scale_decay, usable)
         self.discard()
-        return Report(skipped, failed)
+        return Report(used, failed)
 
     @abstractmethod
     def fisher_trace(self) -> Tensor:
@@ -331,9 +340,9 @@ class Block(ABC):
     def _damped_eigenvalues(self) -> Tensor:
         """What a gradient in the basis is divided by, ``(G, d_out, d_in)``, positive."""
 
-    def _rescale(self, gradient_scale: float, decay: float) -> bool:
-        """Average the batch's rescaling in; whether it was finite."""
-        return True
+    def _rescale(self, gradient_scale: float, decay: float, usable: Tensor | None) -> Tensor | bool:
+        """Average the batch's rescaling in, if it is finite and usable; whether it was."""
+        return True if usable is None else usable
 
     def _change_basis(self, old: Basis, new: Basis) -> None:  # noqa: B027
         """Called when the basis is refreshed; nothing to do where the rescaling comes with it."""
@@ -466,18 +475,28 @@ class CorrectedBlock(Block):
             input, output = input.to(rows.a.dtype), output.to(rows.a.dtype)
             self._sum = squared_gradients(rows.a, rows.g, input, output, self._sum)
 
-    def _rescale(self, gradient_scale: float, decay: float) -> bool:
+    def _rescale(self, gradient_scale: float, decay: float, usable: Tensor | None) -> Tensor | bool:
         for waiting in self._pending:
             self._add_squares(*waiting)
         if self._sum is None:
-            return True
-        if not bool(torch.isfinite(self._sum).all()):
-            return False
+            return super()._rescale(gradient_scale, decay, usable)
+        finite = torch.isfinite(self._sum).all()
+        if usable is not None:
+            finite = finite & usable.to(finite.device)
+        used: Tensor | bool = finite
+        past: Tensor | float = decay
+        if usable is None or self.scale is None:
+            used = bool(finite)
+            if not used:
+                return False
+        else:
+            self._sum = torch.where(finite, self._sum, 0)
+            past = torch.where(finite, decay, 1.0).to(self._sum.dtype)
         assert self.basis is not None
         mean = self._sum * (gradient_scale**2 / self._rescaled) / self.basis.counts
         old = None if self.scale is None else self.scale.to(mean.dtype)
-        self.scale = averaged(old, mean, decay).to(self.storage)
-        return True
+        self.scale = averaged(old, mean, past).to(self.storage)
+        return used
 
     def _change_basis(self, old: Basis, new: Basis) -> None:
         if self.scale is not None:

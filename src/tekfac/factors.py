@@ -43,18 +43,38 @@ class Factors(ABC):
                 with gradients for other labels: what does not depend on ``g`` is then as it was.
         """
 
-    @abstractmethod
-    def update(self, examples: int, gradient_scale: float, decay: float) -> bool:
-        """Average the batch's sums in.
+    def update(
+        self, examples: int, gradient_scale: float, decay: float, usable: Tensor | None = None
+    ) -> Tensor | bool:
+        """Average the batch's sums in, if they are finite; if not, the estimate is as it was.
 
         Args:
             examples: number of examples in the sums.
             gradient_scale: what every ``g`` is to be multiplied by.
             decay: ε2 of (3.6) and (3.7).
+            usable: if given, whether the batch may be used at all, 0-dimensional. Nothing is read
+                from the device then, unless it is the first batch.
 
         Returns:
-            Whether the batch was finite; if not, the estimate is as it was.
+            Whether the batch was used, as a bool if that is known.
         """
+        finite = self._finite()
+        if usable is not None:
+            finite = finite & usable.to(finite.device)
+        if usable is None or self.empty:
+            if not bool(finite):
+                return False
+            self._average(examples, gradient_scale, decay)
+            return True
+        self._keep_if(finite)
+        assert self.input.sum is not None
+        past = torch.where(finite, decay, 1.0).to(self.input.sum.dtype)
+        self._average(examples, gradient_scale, past[None])
+        return finite
+
+    @abstractmethod
+    def _average(self, examples: int, gradient_scale: float, decay: Tensor | float) -> None:
+        """Average the batch's sums in."""
 
     @property
     @abstractmethod
@@ -100,8 +120,13 @@ class Factors(ABC):
     def _moments(self) -> tuple[tuple[str, Moment], tuple[str, Moment]]:
         return ("input", self.input), ("output", self.output)
 
-    def _finite(self) -> bool:
-        return self.input.finite() and self.output.finite()
+    def _finite(self) -> Tensor:
+        return self.input.finite() & self.output.finite()
+
+    def _keep_if(self, usable: Tensor) -> None:
+        """Make nothing of the batch's sums unless ``usable``."""
+        self.input.keep_if(usable)
+        self.output.keep_if(usable)
 
 
 class KroneckerFactors(Factors):
@@ -116,12 +141,9 @@ class KroneckerFactors(Factors):
             self.input.add(rows.a, rows.positions / read)
         self.output.add(rows.g, 1 / read)
 
-    def update(self, examples: int, gradient_scale: float, decay: float) -> bool:
-        if not self._finite():
-            return False
+    def _average(self, examples: int, gradient_scale: float, decay: Tensor | float) -> None:
         self.input.average(examples, decay)
         self.output.average(examples / gradient_scale**2, decay)
-        return True
 
     @property
     def coefficient(self) -> Tensor:
@@ -151,29 +173,31 @@ class TraceRestrictedFactors(Factors):
         delta = (trace_omega * trace_gamma).sum(dim=1)
         self._delta = delta if self._delta is None else self._delta.add_(delta)
 
-    def update(self, examples: int, gradient_scale: float, decay: float) -> bool:
-        if not self._finite():
-            return False
+    def _average(self, examples: int, gradient_scale: float, decay: Tensor | float) -> None:
         assert self._delta is not None
         delta, first = self._delta, self.empty
         silent = delta <= 0
         divisor = torch.where(silent, 1, delta)
-        past = torch.where(silent, 1, delta.new_full((), decay))
+        past = torch.where(silent, 1.0, decay).to(delta.dtype)
         for moment in (self.input, self.output):
             moment.average(divisor, past)
             if first:
                 # Of a group without any gradient no direction is known to differ from another.
                 moment.add_identity(silent.to(delta.dtype))
         self.delta = averaged(self.delta, delta * (gradient_scale**2 / examples), decay)
-        return True
 
     def clear(self) -> None:
         super().clear()
         self._delta = None
 
-    def _finite(self) -> bool:
+    def _finite(self) -> Tensor:
         assert self._delta is not None
-        return super()._finite() and bool(torch.isfinite(self._delta).all())
+        return super()._finite() & torch.isfinite(self._delta).all()
+
+    def _keep_if(self, usable: Tensor) -> None:
+        super()._keep_if(usable)
+        assert self._delta is not None
+        self._delta = torch.where(usable, self._delta, 0)
 
     def state_dict(self) -> dict[str, Tensor]:
         state = super().state_dict()

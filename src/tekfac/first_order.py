@@ -42,7 +42,10 @@ class Adam:
 
 
 def adam_step(
-    params: Sequence[Tensor], state: Mapping[Tensor, dict[str, Any]], group: Mapping[str, Any]
+    params: Sequence[Tensor],
+    state: Mapping[Tensor, dict[str, Any]],
+    group: Mapping[str, Any],
+    wanted: Tensor | None = None,
 ) -> None:
     """One step of Adam, by torch's own implementation, with decoupled weight decay.
 
@@ -50,6 +53,8 @@ def adam_step(
         params: parameters with a gradient.
         state: a dict for each of them, where the averages are kept.
         group: settings, the fields of `Adam`.
+        wanted: if given, whether to take the step at all, 0-dimensional; the fused implementation
+            then decides on the device.
     """
     if not params:
         return
@@ -58,7 +63,12 @@ def adam_step(
             state[p]["step"] = torch.tensor(0.0)
             state[p]["exp_avg"] = torch.zeros_like(p)
             state[p]["exp_avg_sq"] = torch.zeros_like(p)
-    decay_weights(params, group)
+    fused: dict[str, Any] = {}
+    if wanted is not None:
+        for p in params:
+            state[p]["step"] = state[p]["step"].to(p.device, non_blocking=True)
+        fused = {"fused": True, "found_inf": (~wanted).float()}
+    decay_weights(params, group, wanted)
     adam(
         list(params),
         [p.grad for p in params],  # type: ignore[misc]
@@ -73,10 +83,22 @@ def adam_step(
         weight_decay=0.0,
         eps=group["eps"],
         maximize=False,
+        **fused,
     )
 
 
-def decay_weights(params: Sequence[Tensor], group: Mapping[str, Any]) -> None:
-    """``θ ← θ − lr · weight_decay · θ``."""
+def decay_weights(
+    params: Sequence[Tensor], group: Mapping[str, Any], wanted: Tensor | None = None
+) -> None:
+    """``θ ← θ − lr · weight_decay · θ``, if ``wanted``."""
     if group["weight_decay"]:
-        torch._foreach_mul_(list(params), 1 - float(group["lr"] * group["weight_decay"]))
+        multiply(params, 1 - float(group["lr"] * group["weight_decay"]), wanted)
+
+
+def multiply(tensors: Sequence[Tensor], factor: float, wanted: Tensor | None = None) -> None:
+    """Multiply tensors by a number in place, if ``wanted``, 0-dimensional."""
+    if wanted is None:
+        torch._foreach_mul_(list(tensors), factor)
+        return
+    for tensor in tensors:
+        tensor.mul_(torch.where(wanted, factor, 1.0).to(tensor.device))

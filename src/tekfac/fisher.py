@@ -61,7 +61,7 @@ def _wide(output: Tensor) -> Tensor:
 
 def _uniform(like: Tensor, generator: torch.Generator) -> Tensor:
     values = torch.rand(like.shape, generator=generator, device=generator.device, dtype=like.dtype)
-    return values.to(like.device)
+    return values.to(like.device, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ class Gaussian(Likelihood):
         noise = torch.randn(
             wide.shape, generator=generator, device=generator.device, dtype=wide.dtype
         )
-        return noise.to(wide.device) / math.sqrt(self.variance)
+        return noise.to(wide.device, non_blocking=True) / math.sqrt(self.variance)
 
     def expectation(self, output: Tensor) -> Iterator[Tensor]:
         yield from _one_at_a_time(torch.ones_like(_wide(output)) / math.sqrt(self.variance))

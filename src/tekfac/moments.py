@@ -55,10 +55,17 @@ class Moment:
             trace = (square_norms(rows) * weights).sum(dim=1)
             self._trace_sum = trace if self._trace_sum is None else self._trace_sum.add_(trace)
 
-    def finite(self) -> bool:
-        """Whether the batch's sum is."""
+    def finite(self) -> Tensor:
+        """Whether the batch's sum is, 0-dimensional."""
         assert self.sum is not None
-        return bool(torch.isfinite(self.sum).all())
+        return torch.isfinite(self.sum).all()
+
+    def keep_if(self, usable: Tensor) -> None:
+        """Make nothing of the batch's sum unless ``usable``, 0-dimensional, is true."""
+        assert self.sum is not None
+        self.sum = torch.where(usable, self.sum, 0)
+        if self._trace_sum is not None:
+            self._trace_sum = torch.where(usable, self._trace_sum, 0)
 
     def average(self, divisor: Tensor | float, past: Tensor | float) -> None:
         """Average the batch's sum, divided by ``divisor``, in; both are numbers or ``(G,)``."""

@@ -23,7 +23,7 @@ from tekfac.blocks import Block, Due
 from tekfac.capture import REENTRANT, Capture
 from tekfac.checks import check_count, check_decay, check_not_negative, check_positive
 from tekfac.damping import Damping, TraceDamping, check_damping
-from tekfac.first_order import Adam, adam_step, decay_weights
+from tekfac.first_order import Adam, adam_step, decay_weights, multiply
 from tekfac.fisher import LIKELIHOODS, ExactFisher, Fisher, Likelihood, SampledFisher
 from tekfac.intervals import BASES, STATISTICS, is_due
 from tekfac.layers import assign, kind_of
@@ -206,6 +206,8 @@ class NaturalGradient(torch.optim.Optimizer):
         self._counters = dict.fromkeys(
             ("steps", "skipped_steps", "skipped_statistics", "failed_decompositions"), 0
         )
+        self._position = 0
+        self._unread: dict[str, Tensor] = {}
         self._warned: set[str] = set()
         self._blocks: dict[str, Block] = {}
         self._capture: Capture | None = None
@@ -262,7 +264,11 @@ class NaturalGradient(torch.optim.Optimizer):
         was not finite; ``skipped_statistics`` batches of one layer whose statistics were not
         finite; ``failed_decompositions`` refreshes of one layer's basis that failed, and kept the
         old one.
+
+        On an accelerator, which steps and statistics are skipped is decided there. Reading this
+        waits for it, as does a refresh of the basis, which is when such a skip is warned of.
         """
+        self._read_counts()
         return dict(self._counters)
 
     def treatment(self) -> dict[str, str]:
@@ -415,22 +421,52 @@ class NaturalGradient(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         capture = self._open()
-        bad = self._not_finite()
-        if bad is not None:
-            self._counters["skipped_steps"] += 1
-            self._warn(
-                "gradient",
-                f"the gradient of {bad} is not finite: the step was skipped, parameters, momentum "
-                "and curvature are as they were (counters['skipped_steps'] counts such steps)",
-            )
-            self._discard()
-            return loss
+        finite = self._finite()
+        wanted = None
+        if finite is not None and not self._reads():
+            wanted = finite
+            self._count("skipped_steps", ~finite)
+        else:
+            self._read_counts()
+            if finite is not None and not bool(finite):
+                self._counters["skipped_steps"] += 1
+                self._warn_of("skipped_steps", self._not_finite())
+                self._discard()
+                return loss
         capture.flush()
-        self._check_measured(capture, self._update_curvature())
-        self._apply()
+        self._check_measured(capture, self._update_curvature(wanted))
+        self._apply(wanted)
         self._counters["steps"] += 1
+        self._position += 1
         self._set_due()
         return loss
+
+    def _reads(self) -> bool:
+        """Whether the coming step may read from the device whether all is finite.
+
+        If not, the device decides by itself what it skips, and the host does not wait for it.
+        """
+        blocks = self._blocks.values()
+        return not self._waits() or any(block.empty or block.due.basis for block in blocks)
+
+    def _waits(self) -> bool:
+        """Whether reading from the device makes the host wait for work given to it before."""
+        return any(p.device.type != "cpu" for group in self.param_groups for p in group["params"])
+
+    def _count(self, name: str, events: Tensor) -> None:
+        """Count what happened on the device, if it did; read by `_read_counts`."""
+        count = self._unread.get(name)
+        self._unread[name] = events.long() if count is None else count + events.to(count.device)
+
+    def _read_counts(self) -> None:
+        for name, count in self._unread.items():
+            found = int(count)
+            self._counters[name] += found
+            if name == "skipped_steps":
+                self._counters["steps"] -= found
+            if found:
+                self._warn_of(name, "a parameter" if name == "skipped_steps" else "some layers")
+        self._unread.clear()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, and forget statistics taken since the last step along with them."""
@@ -453,7 +489,7 @@ class NaturalGradient(torch.optim.Optimizer):
         return is_due(step, every, divisor if self.interval_warmup else None)
 
     def _set_due(self) -> None:
-        usual = self._due(self._counters["steps"])
+        usual = self._due(self._position)
         for block in self._blocks.values():
             if block.empty:
                 # Measured as soon as it can be, but a layer that no gradient reaches must not cost
@@ -463,26 +499,25 @@ class NaturalGradient(torch.optim.Optimizer):
             else:
                 block.due = usual
 
-    def _update_curvature(self) -> set[str]:
-        """Bring all blocks up to date; names of those whose batch was unusable."""
+    def _update_curvature(self, wanted: Tensor | None) -> set[str]:
+        """Bring all blocks up to date; names of those whose batch is known to be unusable."""
         troubled = set()
         scale = None if self.fisher is None and self.loss_reduction == "mean" else 1.0
         listened = any(block.listening for block in self._blocks.values())
         for block in self._blocks.values():
-            report = block.update(scale, self.factor_decay, self.scale_decay)
-            if report.skipped or report.failed:
+            report = block.update(scale, self.factor_decay, self.scale_decay, wanted)
+            if isinstance(report.used, Tensor):
+                if wanted is not None and block.listening:
+                    self._count("skipped_statistics", wanted & ~report.used.to(wanted.device))
+            elif not report.used:
                 troubled.add(block.name)
-            if report.skipped:
                 self._counters["skipped_statistics"] += 1
-                self._warn(
-                    "statistics",
-                    f"statistics of layer {block.name!r} are not finite in this batch: they were "
-                    "left out (counters['skipped_statistics'] counts such batches)",
-                )
+                self._warn_of("skipped_statistics", f"layer {block.name!r}")
             if report.failed:
+                troubled.add(block.name)
                 self._counters["failed_decompositions"] += 1
                 self._warn(
-                    "eigh",
+                    "failed_decompositions",
                     f"no eigendecomposition of layer {block.name!r}'s factors could be found, in "
                     "float64 either: the last good basis stays "
                     "(counters['failed_decompositions'] counts these)",
@@ -522,8 +557,8 @@ class NaturalGradient(torch.optim.Optimizer):
             "loss does not depend on the model's output; the first-order rule trains them",
         )
 
-    def _not_finite(self) -> str | None:
-        """Name of a parameter whose gradient is not finite."""
+    def _finite(self) -> Tensor | None:
+        """Whether all gradients are, 0-dimensional; None if there is none."""
         grads = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
         if not grads:
             return None
@@ -532,15 +567,21 @@ class NaturalGradient(torch.optim.Optimizer):
                 f"{self._method} does not support sparse gradients: give embeddings sparse=False"
             )
         largest = torch._foreach_norm(grads, math.inf)
-        if bool(torch.stack([n.isfinite().to(grads[0].device) for n in largest]).all()):
-            return None
+        return torch.stack([n.isfinite().to(grads[0].device) for n in largest]).all()
+
+    def _not_finite(self) -> str:
+        """Name of a parameter whose gradient is not finite."""
         for name, p in self.model.named_parameters():
             if p.grad is not None and not bool(torch.isfinite(p.grad).all()):
                 return repr(name)
         return "a parameter outside the model"
 
-    def _apply(self) -> None:
-        """Turn gradients into steps: preconditioned for the layers, first order for the rest."""
+    def _apply(self, wanted: Tensor | None) -> None:
+        """Turn gradients into steps: preconditioned for the layers, first order for the rest.
+
+        Args:
+            wanted: if given, whether to take the step, 0-dimensional.
+        """
         directions: dict[Tensor, Tensor] = {}
         inner = 0.0
         unmeasured: list[nn.Parameter] = []
@@ -568,30 +609,40 @@ class NaturalGradient(torch.optim.Optimizer):
             directions = {p: d * clip.to(d.dtype) for p, d in directions.items()}
         for group in self.param_groups:
             if group["first_order"]:
-                adam_step([p for p in group["params"] if p.grad is not None], self.state, group)
+                ready = [p for p in group["params"] if p.grad is not None]
+                adam_step(ready, self.state, group, wanted)
             else:
-                self._step_along([p for p in group["params"] if p in directions], directions, group)
-        adam_step(unmeasured, self.state, asdict(self.first_order))
+                ready = [p for p in group["params"] if p in directions]
+                self._step_along(ready, directions, group, wanted)
+        adam_step(unmeasured, self.state, asdict(self.first_order), wanted)
 
     def _step_along(
-        self, params: list[Tensor], directions: dict[Tensor, Tensor], group: dict[str, Any]
+        self,
+        params: list[Tensor],
+        directions: dict[Tensor, Tensor],
+        group: dict[str, Any],
+        wanted: Tensor | None,
     ) -> None:
         """(3.9): momentum and update."""
         if not params:
             return
         steps = [directions[p] for p in params]
+        if wanted is not None:
+            steps = _where(wanted, steps)
         if group["momentum"]:
             for p in params:
                 if "momentum_buffer" not in self.state[p]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
             buffers = [self.state[p]["momentum_buffer"] for p in params]
-            torch._foreach_mul_(buffers, group["momentum"])
+            multiply(buffers, group["momentum"], wanted)
             torch._foreach_add_(buffers, steps)
             if group["nesterov"]:
                 torch._foreach_add_(steps, buffers, alpha=group["momentum"])
             else:
                 steps = buffers
-        decay_weights(params, group)
+            if wanted is not None:
+                steps = _where(wanted, steps)
+        decay_weights(params, group, wanted)
         torch._foreach_add_(params, steps, alpha=-float(group["lr"]))
 
     # -- state -------------------------------------------------------------------------------------
@@ -618,6 +669,7 @@ class NaturalGradient(torch.optim.Optimizer):
             "blocks": self._layout(),
             "settings": {name: getattr(self, name) for name in self._settings},
             "counters": self.counters,
+            "position": self._position,
         }
         if isinstance(self.fisher, SampledFisher):
             packed["tekfac"]["generator"] = self.fisher.generator.get_state()
@@ -655,7 +707,9 @@ class NaturalGradient(torch.optim.Optimizer):
             block.load_state_dict(learnt[index[first]])
         for name, value in own["settings"].items():
             setattr(self, name, value)
+        self._unread.clear()
         self._counters = dict(own["counters"])
+        self._position = own["position"]
         if isinstance(self.fisher, SampledFisher) and "generator" in own:
             self.fisher.generator.set_state(own["generator"].cpu())
         self._update_fc_scale()
@@ -738,6 +792,20 @@ class NaturalGradient(torch.optim.Optimizer):
             if not closed:
                 self._listen()
 
+    def _warn_of(self, counter: str, what: str) -> None:
+        """Warn once of steps or statistics that were skipped."""
+        if counter == "skipped_steps":
+            words = (
+                f"the gradient of {what} is not finite: the step was skipped, parameters, momentum "
+                "and curvature are as they were (counters['skipped_steps'] counts such steps)"
+            )
+        else:
+            words = (
+                f"statistics of {what} are not finite in this batch: they were "
+                "left out (counters['skipped_statistics'] counts such batches)"
+            )
+        self._warn(counter, words)
+
     def _warn(self, kind: str, words: str) -> None:
         """Warn once for each kind of trouble."""
         if kind not in self._warned:
@@ -776,6 +844,11 @@ def _make_fisher(
     if fisher == "empirical":
         return None
     raise ValueError(f'fisher must be "mc", "exact" or "empirical", got {fisher!r}')
+
+
+def _where(wanted: Tensor, tensors: list[Tensor]) -> list[Tensor]:
+    """The tensors if ``wanted``, and else zeros."""
+    return [torch.where(wanted.to(t.device), t, 0) for t in tensors]
 
 
 def _find_output(result: Any) -> Tensor:
