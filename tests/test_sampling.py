@@ -258,7 +258,7 @@ def test_accumulated_batches_are_sampled_each() -> None:
     """Micro-batches of different sizes: every one gives its first examples, all count alike."""
     layer = layer_of(nn.Linear(3, 2))
     sample = Sample([torch.zeros(10, 3)], [torch.zeros(10, 2)], examples=10)
-    head = sample.head(4)
+    head = sample.head(4, copied=True)
     assert (head.examples, len(head.inputs[0]), len(head.gradients[0])) == (4, 4, 4)
     # What waits for its basis does not keep the whole batch in memory.
     assert head.inputs[0].untyped_storage().nbytes() == 4 * 3 * 4

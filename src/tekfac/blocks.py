@@ -444,7 +444,7 @@ class CorrectedBlock(Block):
         super().observe(sample)
         if self.due.scale:
             read = scale_reading(self.layer, sample, self.due.scale_examples)
-            part = sample.head(read.examples)
+            part = sample.head(read.examples, copied=self.due.basis)
             if part.first:
                 self._rescaled += part.examples
             if self.due.basis:

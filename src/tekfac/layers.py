@@ -47,13 +47,14 @@ class Sample:
     examples: int
     first: bool = True
 
-    def head(self, examples: int) -> Sample:
-        """The first so many examples, in copies: what is kept of them must not keep the rest."""
+    def head(self, examples: int, *, copied: bool = False) -> Sample:
+        """The first so many examples; copied, if they are to be kept without the rest."""
         if examples == self.examples:
             return self
 
         def rows(values: Tensor) -> Tensor:
-            return values[: -(-len(values) * examples // self.examples)].clone()
+            part = values[: -(-len(values) * examples // self.examples)]
+            return part.clone() if copied else part
 
         return Sample(
             [None if x is None else rows(x) for x in self.inputs],
@@ -453,7 +454,7 @@ class ConvLayer(Layer):
 
     def _norms(self, x: Tensor) -> Tensor:
         grouped = x.unflatten(1, (self.groups, -1))
-        squares = torch.linalg.vector_norm(grouped, dim=2, dtype=wide(x.dtype)).square_()
+        squares = grouped.to(wide(x.dtype)).square().sum(dim=2)
         zeros = self.module.padding_mode == "zeros"
         squares = squares if zeros else self._padded(squares)
         full = [size + sum(pair) for size, pair in zip(x.shape[2:], self._padding(), strict=True)]
