@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import tekfac
-from tekfac.intervals import is_due
+from tekfac.intervals import decay_at, is_due
 
 
 def due(every: int, divisor: int | None, until: int) -> list[int]:
@@ -37,6 +37,45 @@ def test_short_intervals_and_fixed_ones() -> None:
     assert due(3, 8, 10) == [0, 3, 6, 9]
     assert due(1, 8, 4) == [0, 1, 2, 3]
     assert due(10, None, 31) == [0, 10, 20, 30]
+
+
+def test_averages_remember_a_quarter_of_the_steps_until_decay_is_reached() -> None:
+    # In the first steps nothing; an interval of t/8 is half of a quarter of t; later less.
+    assert [decay_at(step, 10, 8, 0.95) for step in (1, 2, 3, 4)] == [0.0] * 4
+    assert decay_at(8, 10, 8, 0.95) == 1 - 4 / 8
+    assert decay_at(64, 10, 8, 0.95) == 1 - 4 * 7 / 64
+    assert decay_at(401, 10, 8, 0.95) == 1 - 4 * 10 / 401
+    assert decay_at(901, 10, 8, 0.95) == 0.95
+    assert decay_at(401, 10, 8, 0.5) == 0.5
+    assert decay_at(3, 3, 8, 0.95) == decay_at(10, 10, None, 0.95) == 0.95
+
+
+@pytest.mark.parametrize("method", ["KFAC", "EKFAC", "TKFAC", "TEKFAC"])
+def test_the_optimizer_forgets_as_it_should(method: str) -> None:
+    """The bias of a model whose output does not depend on its input: G is p (1 - p), by hand."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(1, 1)).double()
+    options: dict[str, Any] = {"factor_decay": 0.9, "likelihood": "bernoulli", "fisher": "exact"}
+    if method in ("EKFAC", "TEKFAC"):
+        options["scale_decay"] = 0.9
+    optimizer = getattr(tekfac, method)(model, lr=0.0, **options)
+    x = torch.zeros(4, 1, dtype=torch.float64)
+    expected, before = 0.0, None
+    for step in range(200):
+        with torch.no_grad():
+            model[0].bias.fill_(step % 17 / 10)
+        optimizer.zero_grad()
+        F.binary_cross_entropy_with_logits(model(x), torch.ones_like(x)).backward()
+        optimizer.step()
+        if is_due(step, 10, 8):
+            p = torch.sigmoid(model[0].bias).item()
+            past = 0.0 if before is None else min(0.9, max(0.0, 1 - 4 * (step - before) / step))
+            expected = past * expected + (1 - past) * p * (1 - p)
+            before = step
+        block = optimizer.blocks["0"]
+        # KFAC's own eigenvalues are as old as its basis.
+        found = block.factors.output.value.item() if method == "KFAC" else block.trace
+        assert found == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("warmup", [True, False])

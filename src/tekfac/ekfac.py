@@ -77,3 +77,6 @@ class EKFAC(NaturalGradient):
     def _due(self, step: int) -> Due:
         scale = self._is_due(step, self.scale_every, STATISTICS)
         return replace(super()._due(step), scale=scale, scale_examples=self.scale_examples)
+
+    def _decays(self) -> tuple[float, float]:
+        return super()._decays()[0], self._decay(self.scale_every, self.scale_decay)

@@ -25,7 +25,7 @@ from tekfac.checks import check_count, check_decay, check_not_negative, check_po
 from tekfac.damping import Damping, TraceDamping, check_damping
 from tekfac.first_order import Adam, adam_step, decay_weights, multiply
 from tekfac.fisher import LIKELIHOODS, ExactFisher, Fisher, Likelihood, SampledFisher
-from tekfac.intervals import BASES, STATISTICS, is_due
+from tekfac.intervals import BASES, STATISTICS, decay_at, is_due
 from tekfac.layers import assign, kind_of
 
 
@@ -97,7 +97,8 @@ class NaturalGradient(torch.optim.Optimizer):
         factor_every: steps between statistics for the factors, ``T_FIM`` of the paper.
         basis_every: steps between refreshes of the eigenbasis, ``T_EIG``.
         interval_warmup: let intervals of 10 steps or more be shorter early in training: at most an
-            eighth of the steps taken for statistics, a quarter for the basis (`tekfac.intervals`).
+            eighth of the steps taken for statistics, a quarter for the basis. Averages forget
+            sooner then, what is older than the last quarter of the steps (`tekfac.intervals`).
         factor_decay: ε2 of (3.6) and (3.7), in [0, 1): the weight of the past.
         factor_rows: where a layer's factors take much work, inputs that they are estimated from in
             each batch, for each column of the input-side one: at evenly spread positions of every
@@ -123,8 +124,6 @@ class NaturalGradient(torch.optim.Optimizer):
     """
 
     make_block: ClassVar[type[Block]]
-    scale_decay: float = 0.0
-    """ε1 of (3.8), for the methods that have a rescaling of their own."""
     _settings: ClassVar[tuple[str, ...]] = (
         "factor_every",
         "basis_every",
@@ -488,6 +487,11 @@ class NaturalGradient(torch.optim.Optimizer):
     def _is_due(self, step: int, every: int, divisor: int) -> bool:
         return is_due(step, every, divisor if self.interval_warmup else None)
 
+    def _decay(self, every: int, decay: float) -> float:
+        """ε of an average that is due now."""
+        divisor = STATISTICS if self.interval_warmup else None
+        return decay_at(self._position, every, divisor, decay)
+
     def _set_due(self) -> None:
         usual = self._due(self._position)
         for block in self._blocks.values():
@@ -499,13 +503,18 @@ class NaturalGradient(torch.optim.Optimizer):
             else:
                 block.due = usual
 
+    def _decays(self) -> tuple[float, float]:
+        """ε2 and ε1 now; the latter for the methods that have a rescaling of their own."""
+        return self._decay(self.factor_every, self.factor_decay), 0.0
+
     def _update_curvature(self, wanted: Tensor | None) -> set[str]:
         """Bring all blocks up to date; names of those whose batch is known to be unusable."""
         troubled = set()
         scale = None if self.fisher is None and self.loss_reduction == "mean" else 1.0
         listened = any(block.listening for block in self._blocks.values())
+        decays = self._decays() if listened else (0.0, 0.0)
         for block in self._blocks.values():
-            report = block.update(scale, self.factor_decay, self.scale_decay, wanted)
+            report = block.update(scale, *decays, wanted)
             if isinstance(report.used, Tensor):
                 if wanted is not None and block.listening:
                     self._count("skipped_statistics", wanted & ~report.used.to(wanted.device))
