@@ -23,7 +23,7 @@ SMALL_TRIALS = 6
 SMALL_GRIDS: Mapping[str, Grid] = {
     "sgd": {"lr": (0.03, 0.1, 0.2, 0.4, 0.8, 1.6)},
     "adam": {"lr": (5e-4, 1e-3, 2e-3, 3e-3, 6e-3, 1e-2)},
-    "soap": {"lr": (1e-3, 2e-3, 3e-3, 6e-3, 1e-2, 2e-2)},
+    "soap": {"lr": (2e-3, 3e-3, 6e-3, 1e-2, 2e-2, 4e-2)},
     # Muon's own momentum, in place of that of all others.
     "muon": {"lr": (3e-3, 1e-2, 2e-2, 3e-2, 6e-2, 0.1), "momentum": (0.95,)},
     "kfac": {"lr": (1e-3, 3e-3), "damping": (3e-4, 1e-3, 3e-3)},
@@ -99,7 +99,7 @@ def _small(data: str) -> Preset:
         },
         schedule=Schedule("cosine", warmup=0.5),
         # The optimizers' own interval, and for norm layers what suits Adam on these images.
-        settings={**SETTINGS, "basis_every": 100, "first_order_lr": 3e-3},
+        settings={**SETTINGS, "basis_every": 100, "first_order_lr": 1e-2},
     )
 
 
