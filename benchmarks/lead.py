@@ -18,13 +18,22 @@ import time
 import warnings
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import torch
+from torch import Tensor
+
+import tekfac
+from tekfac import intervals
+from tekfac.blocks import Basis, Block
 from tekfac.experiments.config import Config
 from tekfac.experiments.errors import Diverged
 from tekfac.experiments.files import markdown, write_text
 from tekfac.experiments.optimizers import METHODS
 from tekfac.experiments.schedules import Schedule
 from tekfac.experiments.training import Training, Watcher
+from tekfac.statistics import carried_over, overlap
+from tekfac.tekfac import TEKFACBlock
 
 SCHEDULE = Schedule("cosine", warmup=0.3)
 NATURAL = {
@@ -32,8 +41,44 @@ NATURAL = {
     "damping": 1e-3,
     "factor_every": 10,
     "basis_every": 100,
-    "first_order_lr": 3e-3,
+    "first_order_lr": 1e-2,
 }
+
+
+class RootBlock(TEKFACBlock):
+    """Divides by ``√(Λ + λ)``, which is not the paper's."""
+
+    def _damped_eigenvalues(self) -> Tensor:
+        return super()._damped_eigenvalues().sqrt()
+
+
+class AdaptedBlock(TEKFACBlock):
+    """Adam in the eigenbasis, as SOAP has it, but in TEKFAC's basis; not the paper's.
+
+    To be used without momentum, which it has itself.
+    """
+
+    betas = (0.9, 0.95)
+    steps = 0
+
+    def precondition(self, matrix: Tensor) -> Tensor:
+        basis = self._require_basis()
+        rotated = basis.output.mT @ matrix @ basis.input
+        if not self.steps:
+            self.mean, self.squares = torch.zeros_like(matrix), torch.zeros_like(rotated)
+        self.steps += 1
+        self.mean.lerp_(matrix, 1 - self.betas[0])
+        self.squares.lerp_(rotated.square(), 1 - self.betas[1])
+        first, second = (1 - beta**self.steps for beta in self.betas)
+        mean = basis.output.mT @ (self.mean / first) @ basis.input
+        step = mean / ((self.squares / second).sqrt() + 1e-8)
+        return basis.output @ step @ basis.input.mT
+
+    def _change_basis(self, old: Basis, new: Basis) -> None:
+        super()._change_basis(old, new)
+        if self.steps:
+            sides = ((old.input, new.input), (old.output, new.output))
+            self.squares = carried_over(self.squares, *(overlap(u, v) for u, v in sides))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +91,8 @@ class Variant:
         attributes: of the optimizer itself, set before the first step.
         group: settings of its parameter groups.
         schedule: the learning rate's.
+        block: in place of TEKFAC's.
+        memory: of `tekfac.intervals`; 0 for averages with the same decay from the first step.
     """
 
     optimizer: str = "tekfac"
@@ -53,6 +100,8 @@ class Variant:
     attributes: dict[str, Any] = dataclasses.field(default_factory=dict)
     group: dict[str, Any] = dataclasses.field(default_factory=dict)
     schedule: Schedule = SCHEDULE
+    block: type[Block] = TEKFACBlock
+    memory: int = intervals.MEMORY
 
 
 VARIANTS = {
@@ -62,6 +111,14 @@ VARIANTS = {
     "lr 1e-2, kl_clip 1e-3": Variant(settings={"lr": 1e-2}, attributes={"kl_clip": 1e-3}),
     "norm layers by Adam with lr 2e-2": Variant(settings={"first_order_lr": 2e-2}),
     "λ 3e-4, lr 1e-3": Variant(settings={"lr": 1e-3, "damping": 3e-4}),
+    "averages with decay 0.95 from the first step": Variant(memory=0),
+    "averages with decay 0.5": Variant(attributes={"factor_decay": 0.5, "scale_decay": 0.5}),
+    "divided by √(Λ + λ), lr 2e-2": Variant(
+        settings={"lr": 2e-2, "damping": 1e-6}, block=RootBlock
+    ),
+    "SOAP's second moments in TEKFAC's basis, lr 2e-2": Variant(
+        settings={"lr": 2e-2, "momentum": 0.0, "basis_every": 10}, block=AdaptedBlock
+    ),
     "intervals 10/10/100 from the first step": Variant(attributes={"interval_warmup": False}),
     "SOAP, lr 3e-3": Variant("soap", {"lr": 3e-3}),
     "EKFAC": Variant("ekfac"),
@@ -105,7 +162,8 @@ def configured(variant: Variant, task: Config) -> Config:
 
 def trained(variant: Variant, task: Config, data: Any) -> list[str]:
     """Loss and accuracy on the held-out images after the last epoch, and processor time."""
-    training = Training(configured(variant, task), data)
+    with mock.patch.object(tekfac.TEKFAC, "make_block", variant.block):
+        training = Training(configured(variant, task), data)
     for name, value in variant.attributes.items():
         if not hasattr(training.optimizer, name):
             raise AttributeError(f"{variant.optimizer} has no {name}")
@@ -114,8 +172,9 @@ def trained(variant: Variant, task: Config, data: Any) -> list[str]:
         group.update(variant.group)
     start = time.process_time()
     try:
-        for _ in range(task.epochs):
-            training.run_epoch(Watcher())
+        with mock.patch.object(intervals, "MEMORY", variant.memory):
+            for _ in range(task.epochs):
+                training.run_epoch(Watcher())
     except Diverged:
         return ["diverged", "–", "–"]
     end = training.history[-1]

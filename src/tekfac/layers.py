@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tekfac.statistics import square_norms, wide
+from tekfac.statistics import square_norms, squares, wide
 
 # Entries of a layer's inputs made at once (4 MiB in float32, near a core's cache): examples are
 # gone through in chunks, so that no patch matrix is ever held whole.
@@ -454,19 +454,19 @@ class ConvLayer(Layer):
 
     def _norms(self, x: Tensor) -> Tensor:
         grouped = x.unflatten(1, (self.groups, -1))
-        squares = grouped.to(wide(x.dtype)).square().sum(dim=2)
+        norms = squares(grouped).sum(dim=2, dtype=wide(x.dtype))
         zeros = self.module.padding_mode == "zeros"
-        squares = squares if zeros else self._padded(squares)
+        norms = norms if zeros else self._padded(norms)
         full = [size + sum(pair) for size, pair in zip(x.shape[2:], self._padding(), strict=True)]
         axes = zip(full, self._sizes(full), self._padding(), range(len(full)), strict=True)
         for length, size, (before, after), axis in reversed(list(axes)):
             # How many patches an entry is in, along this axis.
-            counts = squares.new_zeros(length)
+            counts = norms.new_zeros(length)
             kernel, stride = self.module.kernel_size[axis], self.module.stride[axis]
             for offset in range(0, kernel * self.module.dilation[axis], self.module.dilation[axis]):
                 counts[offset : offset + (size - 1) * stride + 1 : stride] += 1
-            squares = squares @ (counts[before : length - after] if zeros else counts)
-        return squares.mT
+            norms = norms @ (counts[before : length - after] if zeros else counts)
+        return norms.mT
 
     def _outputs(self, g: Tensor) -> Tensor:
         rows: Tensor = g.flatten(2).unflatten(1, (self.groups, -1))

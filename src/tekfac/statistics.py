@@ -25,8 +25,16 @@ TRIANGLE_COLUMNS = 96
 
 def square_norms(rows: Tensor) -> Tensor:
     """``Σ_t ‖x_nt‖²``: traces of ``Σ_t x xᵀ``. ``(G, N, T, d)`` to ``(G, N)``."""
+    if rows.dtype == torch.bfloat16:
+        return squares(rows).sum(dim=(2, 3), dtype=wide(rows.dtype))
     norms: Tensor = torch.linalg.vector_norm(rows, dim=(2, 3), dtype=wide(rows.dtype))
     return norms.square_()
+
+
+def squares(values: Tensor) -> Tensor:
+    """Squares, in a type that holds them: that of bfloat16 does, and sums even its rounding out."""
+    wider = values if values.dtype == torch.bfloat16 else values.to(wide(values.dtype))
+    return wider.square()
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
