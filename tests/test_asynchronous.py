@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import tekfac
 from harness import METHODS
-from tekfac import TraceDamping
+from tekfac import TraceDamping, sampling
 
 FISHERS = ["mc", "exact", "empirical"]
 # Operators whose result, or its size, the host has to read from the device.
@@ -39,8 +39,9 @@ class Waits(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         name = func.overloadpacket.__name__
-        masks = [i for i in (args[1] if name.startswith("index") else ()) if i is not None]
-        if name in WAITING or any(i.dtype == torch.bool for i in masks if isinstance(i, Tensor)):
+        indices = args[1] if name in ("index", "index_put", "index_put_") else ()
+        masks = [i for i in indices if isinstance(i, Tensor) and i.dtype == torch.bool]
+        if name in WAITING or masks:
             self.found[name] += 1
         return func(*args, **(kwargs or {}))
 
@@ -91,11 +92,18 @@ def everything(model: nn.Module, optimizer: Any) -> Iterator[tuple[str, Tensor]]
             yield f"{key}.{name}", torch.as_tensor(value)
 
 
+@pytest.mark.parametrize("much_work", [False, True])
 @pytest.mark.parametrize("fisher", FISHERS)
 @pytest.mark.parametrize("method", METHODS)
-def test_only_a_refresh_of_the_basis_reads_from_the_device(method: str, fisher: str) -> None:
+def test_only_a_refresh_of_the_basis_reads_from_the_device(
+    method: str, fisher: str, much_work: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = network()
     options: dict[str, Any] = {"nesterov": True, "weight_decay": 0.1, "kl_clip": 1e-3}
+    if much_work:
+        monkeypatch.setattr(sampling, "SMALL", 0)
+        monkeypatch.setattr(sampling, "multiplies_bfloat16", lambda device: True)
+        options |= {"factor_rows": 1, "rank": 3, "storage": torch.bfloat16}
     if method in ("TKFAC", "TEKFAC"):
         options["damping"] = TraceDamping()
     optimizer = build(method, model, fisher=fisher, **options)

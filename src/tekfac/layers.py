@@ -392,7 +392,7 @@ class ConvLayer(Layer):
         if seen is not None:
             # Numbers of positions to numbers of pixels, where the kernel's first entry lies.
             pixels = padded.flatten(0, -2)
-            corner, *places = torch.unravel_index(seen, shape)
+            corner, *places = _unravelled(seen, shape)
             for place, full, stride in zip(
                 places, padded.shape[1:-1], self.module.stride, strict=True
             ):
@@ -418,7 +418,7 @@ class ConvLayer(Layer):
         zeros = self.module.padding_mode == "zeros"
         before = [first if zeros else 0 for first, _ in self._padding()]
         full = [size + sum(pair) for size, pair in zip(x.shape[2:], self._padding(), strict=True)]
-        example, *places = torch.unravel_index(seen, (len(x), *self._sizes(full)))
+        example, *places = _unravelled(seen, (len(x), *self._sizes(full)))
         pixels = (x if zeros else self._padded(x)).movedim(1, -1)
         target = target.view(self.groups, len(seen), math.prod(self.module.kernel_size), -1)
         for number, offsets in enumerate(self._offsets()):
@@ -487,6 +487,15 @@ class ConvLayer(Layer):
         pad = [entries for pair in reversed(self._padding()) for entries in pair]
         mode = self.module.padding_mode
         return F.pad(x, pad, mode="constant" if mode == "zeros" else mode) if any(pad) else x
+
+
+def _unravelled(numbers: Tensor, shape: Sequence[int]) -> list[Tensor]:
+    """Indices for each dimension: ``torch.unravel_index``, which would wait for the device."""
+    indices = []
+    for size in reversed(shape):
+        indices.append(numbers % size)
+        numbers = numbers // size
+    return indices[::-1]
 
 
 @dataclass

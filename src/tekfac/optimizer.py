@@ -516,8 +516,8 @@ class NaturalGradient(torch.optim.Optimizer):
         for block in self._blocks.values():
             report = block.update(scale, *decays, wanted)
             if isinstance(report.used, Tensor):
-                if wanted is not None and block.listening:
-                    self._count("skipped_statistics", wanted & ~report.used.to(wanted.device))
+                assert wanted is not None
+                self._count("skipped_statistics", wanted & ~report.used.to(wanted.device))
             elif not report.used:
                 troubled.add(block.name)
                 self._counters["skipped_statistics"] += 1
