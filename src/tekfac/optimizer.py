@@ -718,7 +718,7 @@ class NaturalGradient(torch.optim.Optimizer):
             setattr(self, name, value)
         self._unread.clear()
         self._counters = dict(own["counters"])
-        self._position = own["position"]
+        self._position = own.get("position", self._counters["steps"])  # not there in older states
         if isinstance(self.fisher, SampledFisher) and "generator" in own:
             self.fisher.generator.set_state(own["generator"].cpu())
         self._update_fc_scale()
