@@ -84,6 +84,12 @@ def train(model: nn.Module, optimizer: Any, steps: range) -> None:
         optimizer.step()
 
 
+def train_on_nan(model: nn.Module, optimizer: Any, step: int) -> None:
+    backward(model, step)
+    next(model.parameters()).grad.fill_(torch.nan)
+    optimizer.step()
+
+
 def everything(model: nn.Module, optimizer: Any) -> Iterator[tuple[str, Tensor]]:
     """Parameters and all that the optimizer has learnt."""
     yield from model.named_parameters()
@@ -197,9 +203,7 @@ def test_a_skipped_step_is_warned_of_at_the_next_refresh() -> None:
     model = network()
     optimizer = build("TEKFAC", model, basis_every=4)
     train(model, optimizer, range(2))
-    backward(model, 2)
-    next(model.parameters()).grad.fill_(torch.nan)
-    optimizer.step()
+    train_on_nan(model, optimizer, 2)
     with pytest.warns(RuntimeWarning, match="the step was skipped"):
         train(model, optimizer, range(3, 6))
 
@@ -208,9 +212,7 @@ def test_a_run_resumes_exactly(tmp_path: Any) -> None:
     model = network()
     optimizer = build("TEKFAC", model, basis_every=5)
     train(model, optimizer, range(3))
-    backward(model, 3)
-    next(model.parameters()).grad.fill_(torch.nan)
-    optimizer.step()
+    train_on_nan(model, optimizer, 3)
     with pytest.warns(RuntimeWarning, match="the step was skipped"):
         state = optimizer.state_dict()
     torch.save([model.state_dict(), state], tmp_path / "checkpoint")

@@ -19,7 +19,7 @@ from tekfac.factors import Factors
 from tekfac.layers import Layer, Sample
 from tekfac.linalg import completed
 from tekfac.sampling import factor_reading, scale_reading
-from tekfac.statistics import averaged, carried_over, overlap, squared_gradients
+from tekfac.statistics import admitted, averaged, carried_over, overlap, squared_gradients
 
 DENSE_LIMIT = 8192
 
@@ -481,17 +481,12 @@ class CorrectedBlock(Block):
         if self._sum is None:
             return super()._rescale(gradient_scale, decay, usable)
         finite = torch.isfinite(self._sum).all()
-        if usable is not None:
-            finite = finite & usable.to(finite.device)
-        used: Tensor | bool = finite
-        past: Tensor | float = decay
-        if usable is None or self.scale is None:
-            used = bool(finite)
-            if not used:
-                return False
-        else:
-            self._sum = torch.where(finite, self._sum, 0)
-            past = torch.where(finite, decay, 1.0).to(self._sum.dtype)
+        used, past = admitted(finite, usable, decay, self.scale is None)
+        if used is False:
+            return False
+        if isinstance(used, Tensor) and isinstance(past, Tensor):
+            self._sum = torch.where(used, self._sum, 0)
+            past = past.to(self._sum.dtype)
         assert self.basis is not None
         mean = self._sum * (gradient_scale**2 / self._rescaled) / self.basis.counts
         old = None if self.scale is None else self.scale.to(mean.dtype)

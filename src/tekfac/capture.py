@@ -201,22 +201,24 @@ class Capture:
         if _own_passes or not here.examples or not here.calls:
             return
         root = GradientEdge(torch._C._current_autograd_node(), number)
+        nodes = [call.edge.node for call in here.calls if call.edge is not None]
+        last = _last(root.node, nodes)
         used = self.fisher.likelihood.used(gradient)
         _own_passes += 1
         try:
             for draw, cotangent in enumerate(self.fisher.cotangents(values)):
                 here.first = draw == 0
                 cotangent = (cotangent if used is None else cotangent * used).to(values.dtype)
-                self._go_through(here, root, cotangent)
+                self._go_through(here, root, last, cotangent)
                 self.flush()
         finally:
             _own_passes -= 1
             here.calls = []  # once for each forward pass
 
-    def _go_through(self, here: _Pass, root: GradientEdge, cotangent: Tensor) -> None:
+    def _go_through(
+        self, here: _Pass, root: GradientEdge, last: set[Node], cotangent: Tensor
+    ) -> None:
         """A backward pass of our own through the user's graph, which is kept."""
-        nodes = [call.edge.node for call in here.calls if call.edge is not None]
-        last = _last(root.node, nodes)
         ends, handles = [], []
         try:
             for call in here.calls:

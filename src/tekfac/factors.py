@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tekfac.layers import Rows
 from tekfac.moments import Moment
-from tekfac.statistics import averaged, wide
+from tekfac.statistics import admitted, averaged, wide
 
 
 class Factors(ABC):
@@ -58,19 +58,14 @@ class Factors(ABC):
         Returns:
             Whether the batch was used, as a bool if that is known.
         """
-        finite = self._finite()
-        if usable is not None:
-            finite = finite & usable.to(finite.device)
-        if usable is None or self.empty:
-            if not bool(finite):
-                return False
-            self._average(examples, gradient_scale, decay)
-            return True
-        self._keep_if(finite)
-        assert self.input.sum is not None
-        past = torch.where(finite, decay, 1.0).to(self.input.sum.dtype)
-        self._average(examples, gradient_scale, past[None])
-        return finite
+        used, past = admitted(self._finite(), usable, decay, self.empty)
+        if isinstance(used, Tensor) and isinstance(past, Tensor):
+            self._keep_if(used)
+            assert self.input.sum is not None
+            past = past.to(self.input.sum.dtype)[None]
+        if used is not False:
+            self._average(examples, gradient_scale, past)
+        return used
 
     @abstractmethod
     def _average(self, examples: int, gradient_scale: float, decay: Tensor | float) -> None:

@@ -417,7 +417,7 @@ class ConvLayer(Layer):
         """The same where less is read than there is: no copy of all is made first."""
         zeros = self.module.padding_mode == "zeros"
         before = [first if zeros else 0 for first, _ in self._padding()]
-        full = [size + sum(pair) for size, pair in zip(x.shape[2:], self._padding(), strict=True)]
+        full = self._padded_size(x)
         example, *places = _unravelled(seen, (len(x), *self._sizes(full)))
         pixels = (x if zeros else self._padded(x)).movedim(1, -1)
         target = target.view(self.groups, len(seen), math.prod(self.module.kernel_size), -1)
@@ -457,7 +457,7 @@ class ConvLayer(Layer):
         norms = squares(grouped).sum(dim=2, dtype=wide(x.dtype))
         zeros = self.module.padding_mode == "zeros"
         norms = norms if zeros else self._padded(norms)
-        full = [size + sum(pair) for size, pair in zip(x.shape[2:], self._padding(), strict=True)]
+        full = self._padded_size(x)
         axes = zip(full, self._sizes(full), self._padding(), range(len(full)), strict=True)
         for length, size, (before, after), axis in reversed(list(axes)):
             # How many patches an entry is in, along this axis.
@@ -481,6 +481,9 @@ class ConvLayer(Layer):
         if isinstance(module.padding, str):
             return [(0, 0)] * len(module.kernel_size)
         return [(before, before) for before in module.padding]
+
+    def _padded_size(self, x: Tensor) -> list[int]:
+        return [size + sum(pair) for size, pair in zip(x.shape[2:], self._padding(), strict=True)]
 
     def _padded(self, x: Tensor) -> Tensor:
         # F.pad counts from the last dimension.

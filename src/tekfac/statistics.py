@@ -228,6 +228,29 @@ def overlap(old: Tensor, new: Tensor) -> Tensor:
     return squares
 
 
+def admitted(
+    finite: Tensor, usable: Tensor | None, decay: float, first: bool
+) -> tuple[Tensor | bool, Tensor | float]:
+    """Whether a batch's sum goes into an average, and with what weight of the past.
+
+    Args:
+        finite: whether the sum is, 0-dimensional.
+        usable: if given, whether the batch may be used at all, 0-dimensional.
+        decay: the weight of the past if it goes in.
+        first: whether there is no average yet: that must be known, and is read from the device.
+
+    Returns:
+        Whether it goes in, as a bool if ``usable`` is not given or there is no average yet; and the
+        weight. If neither is a number, the weight is 1 where the sum, which is then to be made 0,
+        does not go in.
+    """
+    if usable is not None:
+        finite = finite & usable.to(finite.device)
+    if usable is None or first:
+        return bool(finite), decay
+    return finite, torch.where(finite, decay, 1.0)
+
+
 def averaged(old: Tensor | None, new: Tensor, decay: Tensor | float) -> Tensor:
     """Exponential moving average (3.6 to 3.8) in place of ``new``; the first is taken whole."""
     return new if old is None else new.lerp_(old, decay)
