@@ -181,7 +181,7 @@ PARTS = {
     "backward pass for output gradients": "tekfac.capture._gradients",
     "inputs and gradients as matrices": "tekfac.layers.Layer._rows",
     "factors": "tekfac.moments.Moment.add",
-    "rescaling": "tekfac.blocks.squared_gradients",
+    "rescaling": "tekfac.blocks.CorrectedBlock._add_squares",
     "basis": "tekfac.moments.Moment.eigen",
     "preconditioning": "tekfac.blocks.Block.precondition",
 }

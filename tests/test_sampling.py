@@ -78,10 +78,9 @@ def test_convolutions_read_every_so_many_positions(options: dict[str, Any], stri
     torch.testing.assert_close(read, wanted(patches(module, x), stride))
     gradients = torch.cat([rows.g[0] for rows in found])
     torch.testing.assert_close(gradients, wanted(g.flatten(2).mT, stride))
-    norms = torch.cat([rows.g_norms[0] for rows in found])
-    torch.testing.assert_close(norms, g.square().sum((1, 2, 3)))
-    norms = torch.cat([rows.a_norms[0] for rows in found])
-    torch.testing.assert_close(norms, patches(module, x).square().sum((1, 2)))
+    norms = [torch.cat([rows.norms()[side][0] for rows in found]) for side in (0, 1)]
+    torch.testing.assert_close(norms[0], patches(module, x).square().sum((1, 2)))
+    torch.testing.assert_close(norms[1], g.square().sum((1, 2, 3)))
 
 
 def test_groups_and_other_dimensions_read_the_same_positions_as_the_whole() -> None:
@@ -98,8 +97,9 @@ def test_groups_and_other_dimensions_read_the_same_positions_as_the_whole() -> N
         layer, sample = layer_of(module), Sample([x], [torch.randn_like(module(x))], examples=3)
         (whole,), (part,) = layer.chunks(sample), layer.chunks(sample, 4)
         assert part.positions == whole.a.shape[2]
-        torch.testing.assert_close(part.g_norms, whole.g.square().sum((2, 3)))
-        torch.testing.assert_close(part.a_norms, whole.a.square().sum((2, 3)))
+        a_norms, g_norms = part.norms()
+        torch.testing.assert_close(g_norms, whole.g.square().sum((2, 3)))
+        torch.testing.assert_close(a_norms, whole.a.square().sum((2, 3)))
         for group in range(layer.groups):
             torch.testing.assert_close(part.a[group], wanted(whole.a[group], 4))
             torch.testing.assert_close(part.g[group], wanted(whole.g[group], 4))
@@ -119,8 +119,8 @@ def test_rows_of_k_per_example_and_several_calls_are_positions_to_choose_from() 
             calls = (getattr(first, name)[0], getattr(second, name)[0])
             expected = torch.cat([wanted(rows, 3) for rows in calls], dim=1)
             torch.testing.assert_close(getattr(part, name)[0], expected)
-        torch.testing.assert_close(part.g_norms, first.g_norms + second.g_norms)
-        torch.testing.assert_close(part.a_norms, first.a_norms + second.a_norms)
+        for norms, one, other in zip(part.norms(), first.norms(), second.norms(), strict=True):
+            torch.testing.assert_close(norms, one + other)
         assert part.positions == first.positions + second.positions
 
 

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tekfac
-from tekfac.statistics import second_moment, sketched, square_norms, squared_gradients, symmetric
+from tekfac.statistics import (
+    second_moment,
+    sketched,
+    square_norms,
+    squared_gradients,
+    squared_rows,
+    symmetric,
+)
 
 METHODS = ("KFAC", "EKFAC", "TKFAC", "TEKFAC")
 
@@ -42,14 +49,18 @@ def test_sums_of_bfloat16_are_float32(positions: int) -> None:
         expected = rotated.square().sum(1)
         if columns < 12:
             rest = gradients.square().sum((1, 2, 3)) - rotated.square().sum((1, 2, 3))
-            found = squared_gradients(
+            found = squared_rows(
                 a, g, u_in[..., :columns].bfloat16().contiguous(), u_out.bfloat16()
             )
             near(found[..., -1].sum(1), rest, 2e-2)
             near(found[..., :-1], expected, 2e-2)
         else:
-            found = squared_gradients(a, g, u_in.bfloat16(), u_out.bfloat16())
-            near(found, expected, 2e-2)
+            bases = u_in.bfloat16(), u_out.bfloat16()
+            near(squared_rows(a, g, *bases), expected, 2e-2)
+            own = gradients.transpose(1, 2).bfloat16()
+            total = squared_gradients(own, *bases)
+            near(total.clone(), expected, 2e-2)
+            near(squared_gradients(own, *bases, total), 2 * expected, 2e-2)
 
 
 @pytest.mark.parametrize("fisher", ["exact", "empirical"])

@@ -19,7 +19,15 @@ from tekfac.factors import Factors
 from tekfac.layers import Layer, Sample
 from tekfac.linalg import completed
 from tekfac.sampling import factor_reading, scale_reading
-from tekfac.statistics import admitted, averaged, carried_over, overlap, squared_gradients
+from tekfac.statistics import (
+    admitted,
+    averaged,
+    carried_over,
+    overlap,
+    rotates_rows,
+    squared_gradients,
+    squared_rows,
+)
 
 DENSE_LIMIT = 8192
 
@@ -470,10 +478,16 @@ class CorrectedBlock(Block):
 
     def _add_squares(self, sample: Sample, dtype: torch.dtype | None) -> None:
         assert self.basis is not None
-        input, output = self.basis.input, self.basis.output
-        for rows in self.layer.chunks(sample, dtype=dtype):
-            input, output = input.to(rows.a.dtype), output.to(rows.a.dtype)
-            self._sum = squared_gradients(rows.a, rows.g, input, output, self._sum)
+        bases = self.basis.input, self.basis.output
+        if rotates_rows(self.layer.positions(sample), *bases):
+            for rows in self.layer.chunks(sample, dtype=dtype):
+                bases = bases[0].to(rows.a.dtype), bases[1].to(rows.a.dtype)
+                self._sum = squared_rows(rows.a, rows.g, *bases, self._sum)
+        else:
+            for gradients in self.layer.gradients(sample):
+                gradients = gradients.to(dtype or gradients.dtype)
+                bases = bases[0].to(gradients.dtype), bases[1].to(gradients.dtype)
+                self._sum = squared_gradients(gradients, *bases, self._sum)
 
     def _rescale(self, gradient_scale: float, decay: float, usable: Tensor | None) -> Tensor | bool:
         for waiting in self._pending:

@@ -162,7 +162,8 @@ class TraceRestrictedFactors(Factors):
 
     def add(self, rows: Rows, first: bool) -> None:
         read = rows.a.shape[2]
-        trace_omega, trace_gamma = rows.a_norms, rows.g_norms / rows.positions
+        trace_omega, g_norms = rows.norms()
+        trace_gamma = g_norms / rows.positions
         self.input.add(rows.a, trace_gamma * (rows.positions / read))
         self.output.add(rows.g, trace_omega / read)
         delta = (trace_omega * trace_gamma).sum(dim=1)

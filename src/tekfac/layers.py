@@ -19,6 +19,7 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
 from tekfac.statistics import square_norms, squares, wide
 
@@ -72,15 +73,14 @@ class Rows:
         a: inputs, ``(G, n, T', d_in)``: at all ``T`` positions, or at some that stand for all.
         g: output gradients at the same positions, ``(G, n, T', d_out)``.
         positions: ``T``.
-        a_norms: ``Σ_t ‖a_nt‖²`` over all of them, ``(G, n)``.
-        g_norms: ``Σ_t ‖g_nt‖²`` over all of them, ``(G, n)``.
+        norms: gives ``Σ_t ‖a_nt‖²`` and ``Σ_t ‖g_nt‖²`` over all of them, ``(G, n)`` each: not
+            every reader needs them.
     """
 
     a: Tensor
     g: Tensor
     positions: int
-    a_norms: Tensor
-    g_norms: Tensor
+    norms: Callable[[], tuple[Tensor, Tensor]]
 
 
 class Layer(ABC):
@@ -203,20 +203,42 @@ class Layer(ABC):
                 another position, so that all are seen in a batch.
             dtype: what to give; None for bfloat16 if both came so, else `dtype`.
         """
-        calls = list(zip(sample.inputs, sample.gradients, strict=True))
-        if all(len(g) % sample.examples == 0 for _, g in calls):
-            together, counts = [calls], [sample.examples]
-        else:
-            together, counts = [[call] for call in calls], [len(g) for _, g in calls]
-        for group, examples in zip(together, counts, strict=True):
-            positions = sum(g[0].numel() for _, g in group if len(g)) // (self.groups * self.d_out)
+        for calls, examples in self._together(sample):
+            positions = sum(g[0].numel() for _, g in calls if len(g)) // (self.groups * self.d_out)
             read = max(1, positions // stride)
             entries = max(1, self.groups * read * max(self.d_in, self.d_out))
-            step = max(1, CHUNK_ENTRIES // entries, CHUNK_ROWS // read)
-            for first in range(0, examples, step):
-                span = (first, min(first + step, examples))
-                parts = [self._rows(x, g, examples, *span, stride, dtype) for x, g in group]
+            for span in _spans(examples, max(CHUNK_ENTRIES // entries, CHUNK_ROWS // read)):
+                parts = [self._rows(x, g, examples, *span, stride, dtype) for x, g in calls]
                 yield parts[0] if len(parts) == 1 else _side_by_side(parts)
+
+    def gradients(self, sample: Sample) -> Iterator[Tensor]:
+        """A sample's per-example gradients ``D_n``, ``(G, d_out, n, d_in)``, a few at a time.
+
+        Examples, and the type, are those of `chunks`.
+        """
+        for calls, examples in self._together(sample):
+            entries = max(1, self.groups * self.d_in * self.d_out)
+            for span in _spans(examples, CHUNK_ENTRIES // entries):
+                parts = [self._gradients(x, g, examples, *span) for x, g in calls]
+                yield parts[0] if len(parts) == 1 else torch.stack(parts).sum(dim=0)
+
+    def _together(self, sample: Sample) -> list[tuple[list[tuple[Tensor | None, Tensor]], int]]:
+        """Calls that saw the same examples, and the number of these."""
+        calls = list(zip(sample.inputs, sample.gradients, strict=True))
+        if all(len(g) % sample.examples == 0 for _, g in calls):
+            return [(calls, sample.examples)]
+        return [([call], len(call[1])) for call in calls]
+
+    def _gradients(
+        self, x: Tensor | None, g: Tensor, examples: int, first: int, last: int
+    ) -> Tensor:
+        rows = self._rows(x, g, examples, first, last, 1, None)
+        return (rows.g.mT @ rows.a).transpose(1, 2)
+
+    def _read_as(self, x: Tensor | None, g: Tensor) -> torch.dtype:
+        """bfloat16 if both came so, else `dtype`."""
+        lower = g.dtype == torch.bfloat16 and (x is None or x.dtype == torch.bfloat16)
+        return torch.bfloat16 if lower else self.dtype
 
     def _rows(
         self,
@@ -230,13 +252,8 @@ class Layer(ABC):
     ) -> Rows:
         per = len(g) // examples
         span, n = slice(first * per, last * per), last - first
-        if dtype is None:
-            lower = g.dtype == torch.bfloat16 and (x is None or x.dtype == torch.bfloat16)
-            dtype = torch.bfloat16 if lower else self.dtype
-        rows = self._outputs(g[span]).reshape(self.groups, n, -1, self.d_out)
-        positions = rows.shape[2]
-        g_norms = square_norms(rows)
-        a_norms = torch.zeros_like(g_norms)
+        whole = self._outputs(g[span]).reshape(self.groups, n, -1, self.d_out)
+        rows, positions = whole, whole.shape[2]
         read = positions if stride == 1 else max(1, positions // stride)
         seen = None
         if read < positions:
@@ -244,16 +261,24 @@ class Layer(ABC):
             within = (start + stride * torch.arange(read, device=g.device)) % positions
             rows = rows[:, torch.arange(n, device=g.device)[:, None], within]
             seen = (within + positions * (start - first)).flatten()
-        rows = rows.to(dtype)
+        rows = rows.to(self._read_as(x, g) if dtype is None else dtype)
         a = rows.new_empty(self.groups, n, read, self.d_in)
         if x is not None:
             columns = self.d_in - (self.bias is not None)
             self._fill(a[..., :columns], x[span], seen)
-            a_norms += self._norms(x[span]).view(self.groups, n, -1).sum(dim=2)
         if self.bias is not None:
             a[..., -1] = 1
-            a_norms += positions
-        return Rows(a, rows, positions, a_norms, g_norms)
+
+        def norms() -> tuple[Tensor, Tensor]:
+            g_norms = square_norms(whole)
+            a_norms = torch.zeros_like(g_norms)
+            if x is not None:
+                a_norms += self._norms(x[span]).view(self.groups, n, -1).sum(dim=2)
+            if self.bias is not None:
+                a_norms += positions
+            return a_norms, g_norms
+
+        return Rows(a, rows, positions, norms)
 
     def _groups(self) -> int:
         return 1
@@ -298,14 +323,24 @@ class Layer(ABC):
         """``(R, ...)`` to ``(G, R, T, d_out)``."""
 
 
+def _spans(examples: int, step: int) -> Iterator[tuple[int, int]]:
+    """From which to which example each of several steps goes."""
+    for first in range(0, examples, max(1, step)):
+        yield first, min(first + max(1, step), examples)
+
+
 def _side_by_side(parts: list[Rows]) -> Rows:
     """Several calls of a layer: further positions of the same examples."""
+
+    def norms() -> tuple[Tensor, Tensor]:
+        a_norms, g_norms = zip(*(part.norms() for part in parts), strict=True)
+        return torch.stack(a_norms).sum(dim=0), torch.stack(g_norms).sum(dim=0)
+
     return Rows(
         torch.cat([part.a for part in parts], dim=2),
         torch.cat([part.g for part in parts], dim=2),
         sum(part.positions for part in parts),
-        torch.stack([part.a_norms for part in parts]).sum(dim=0),
-        torch.stack([part.g_norms for part in parts]).sum(dim=0),
+        norms,
     )
 
 
@@ -355,6 +390,13 @@ class LinearLayer(Layer):
         return g.reshape(1, g.shape[0], -1, g.shape[-1])
 
 
+CONV_WEIGHT: dict[int, Callable[..., Tensor]] = {
+    1: conv1d_weight,
+    2: conv2d_weight,
+    3: conv3d_weight,
+}
+
+
 @register(nn.Conv1d, nn.Conv2d, nn.Conv3d)
 class ConvLayer(Layer):
     """A convolution: a fully-connected layer applied to the patch at each output position."""
@@ -380,6 +422,35 @@ class ConvLayer(Layer):
         assert self.weight is not None
         shape = self.weight.shape
         return columns.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
+
+    def _gradients(
+        self, x: Tensor | None, g: Tensor, examples: int, first: int, last: int
+    ) -> Tensor:
+        if x is None:
+            return super()._gradients(x, g, examples, first, last)
+        # A group of channels for each row: its weight's gradient, without any patch.
+        per = len(g) // examples
+        dtype = self._read_as(x, g)
+        x, g = (part[first * per : last * per].to(dtype) for part in (x, g))
+        rows = len(g)
+        padding = [before for before, _ in self._padding()]
+        if self.module.padding_mode != "zeros" or any(b != a for b, a in self._padding()):
+            x, padding = self._padded(x), [0] * len(padding)
+        assert self.weight is not None
+        found = CONV_WEIGHT[len(padding)](
+            x.reshape(1, -1, *x.shape[2:]),
+            (rows * len(self.weight), *self.weight.shape[1:]),
+            g.reshape(1, -1, *g.shape[2:]),
+            self.module.stride,
+            padding,
+            self.module.dilation,
+            rows * self.groups,
+        )
+        parts = [self._columns(found).flatten(1)]
+        if self.bias is not None:
+            parts.append(g.flatten(2).sum(dim=2).view(-1, 1))
+        gradients = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+        return gradients.view(-1, per, self.groups, self.d_out, self.d_in).sum(dim=1).movedim(0, 2)
 
     def _fill(self, target: Tensor, x: Tensor, seen: Tensor | None) -> None:
         if seen is not None and 4 * target.numel() <= x.numel():
@@ -420,17 +491,20 @@ class ConvLayer(Layer):
         full = self._padded_size(x)
         example, *places = _unravelled(seen, (len(x), *self._sizes(full)))
         pixels = (x if zeros else self._padded(x)).movedim(1, -1)
-        target = target.view(self.groups, len(seen), math.prod(self.module.kernel_size), -1)
-        for number, offsets in enumerate(self._offsets()):
-            index, inside = [example], torch.ones_like(seen, dtype=torch.bool)
-            for place, stride, offset, first, size in zip(
-                places, self.module.stride, offsets, before, pixels.shape[1:-1], strict=True
-            ):
-                wanted = place * stride + (offset - first)
-                index.append(wanted.clamp(0, size - 1))
-                inside &= index[-1] == wanted
-            found = torch.where(inside[:, None], pixels[tuple(index)], 0)
-            target[..., number, :].copy_(found.unflatten(-1, (self.groups, -1)).movedim(-2, 0))
+        # Made where it is used: the device need not wait for the host.
+        kernel = zip(self.module.kernel_size, self.module.dilation, strict=True)
+        along = [torch.arange(0, size * step, step, device=x.device) for size, step in kernel]
+        offsets = [each.flatten() for each in torch.meshgrid(*along, indexing="ij")]
+        index, inside = [example[:, None]], torch.ones((), dtype=torch.bool, device=x.device)
+        for place, stride, offset, first, size in zip(
+            places, self.module.stride, offsets, before, pixels.shape[1:-1], strict=True
+        ):
+            wanted = (place * stride - first)[:, None] + offset
+            index.append(wanted.clamp(0, size - 1))
+            inside = inside & (index[-1] == wanted)
+        found = torch.where(inside[..., None], pixels[tuple(index)], 0)
+        target = target.view(self.groups, *inside.shape, -1)
+        target.copy_(found.unflatten(-1, (self.groups, -1)).movedim(-2, 0))
 
     def _offsets(self) -> Iterator[tuple[int, ...]]:
         """Where the kernel's entries lie from its first."""

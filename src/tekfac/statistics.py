@@ -105,16 +105,26 @@ def added(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
     return total.baddbmm_(left, right) if left.dtype == total.dtype else total.add_(left @ right)
 
 
-def squared_gradients(
+def rotates_rows(positions: int, basis_in: Tensor, basis_out: Tensor) -> bool:
+    """Whether `squared_rows` is to be used, and not `squared_gradients`.
+
+    That is where it takes fewer multiplications, and for bases of leading eigenvectors.
+    """
+    (d_in, k_in), (d_out, k_out) = basis_in.shape[1:], basis_out.shape[1:]
+    before, after = rotation_costs(positions, d_in, d_out)
+    return positions == 1 or k_in < d_in or k_out < d_out or before < after
+
+
+def squared_rows(
     a: Tensor, g: Tensor, basis_in: Tensor, basis_out: Tensor, total: Tensor | None = None
 ) -> Tensor:
     """``Σ_n (U_outᵀ D_n U_in)^∘2``, the entries of E[...^∘2] in (2.7) and (3.2) before the mean.
 
+    Rows are rotated before they are summed up over positions; with one position no per-example
+    matrix is formed at all.
+
     A side of which a basis has only the leading eigenvectors gets one more row (or column) for all
     others together: the sum of all entries is ``Σ_n ‖D_n‖²`` in any case.
-
-    The rotation is done before or after the sum over positions, whichever takes fewer operations;
-    with one position no per-example matrix is formed at all.
 
     Args:
         basis_in: ``(G, d_in, k_in)``, eigenvectors in columns.
@@ -124,28 +134,40 @@ def squared_gradients(
     Returns:
         Shape ``(G, d_out, d_in)``, or ``k + 1`` in place of ``d`` where ``k < d``.
     """
-    positions, d_in, d_out = a.shape[2], a.shape[3], g.shape[3]
-    if positions == 1:
+    d_in, d_out = a.shape[3], g.shape[3]
+    if a.shape[2] == 1:
         return added(
             total,
             _with_rest(rotated(g, basis_out).square_(), g).flatten(1, 2).mT,
             _with_rest(rotated(a, basis_in).square_(), a).flatten(1, 2),
         )
-    before, after = rotation_costs(positions, d_in, d_out)
     truncated = basis_in.shape[2] < d_in or basis_out.shape[2] < d_out
     step = max(1, GRADIENT_ENTRIES // (a.shape[0] * d_in * d_out))
     for few_a, few_g in zip(a.split(step, dim=1), g.split(step, dim=1), strict=True):
         if truncated:
             squares = _truncated_squares(few_a, few_g, basis_in, basis_out)
-        elif before < after:
-            gradients = rotated(few_g, basis_out).mT @ rotated(few_a, basis_in)
-            squares = _sum_of_squares(gradients, 1)
         else:
-            gradients = basis_out.mT[:, None] @ rotated(few_g.mT @ few_a, basis_in)
+            gradients = rotated(few_g, basis_out).mT @ rotated(few_a, basis_in)
             squares = _sum_of_squares(gradients, 1)
         total = squares if total is None else total.add_(squares)
     assert total is not None
     return total
+
+
+def squared_gradients(
+    gradients: Tensor, basis_in: Tensor, basis_out: Tensor, total: Tensor | None = None
+) -> Tensor:
+    """The same from the per-example gradients themselves, in whole bases.
+
+    Args:
+        gradients: ``D_n``, ``(G, d_out, n, d_in)``.
+        basis_in: ``(G, d_in, d_in)``.
+        basis_out: ``(G, d_out, d_out)``.
+        total: what to add the sum to, in place.
+    """
+    rows = (basis_out.mT @ gradients.flatten(2)).view(gradients.shape)
+    squares = _sum_of_squares(rotated(rows, basis_in), 2)
+    return squares if total is None else total.add_(squares)
 
 
 def _with_rest(squares: Tensor, rows: Tensor) -> Tensor:
@@ -163,7 +185,7 @@ def _sum_of_squares(values: Tensor, *dims: int) -> Tensor:
 
 
 def _truncated_squares(a: Tensor, g: Tensor, basis_in: Tensor, basis_out: Tensor) -> Tensor:
-    """`squared_gradients` of a few examples, in bases of leading eigenvectors."""
+    """`squared_rows` of a few examples, in bases of leading eigenvectors."""
     inputs, outputs = rotated(a, basis_in), rotated(g, basis_out)
     squares = _sum_of_squares(outputs.mT @ inputs, 1)
     if basis_in.shape[2] < a.shape[3]:
