@@ -59,6 +59,8 @@ class SideBySide:
         self.slow = reference.Optimizer(copy.deepcopy(twin or model), method, **options)
         if isinstance(options["damping"], reference.Trace):
             options["damping"] = tekfac.TraceDamping(nu=options["damping"].nu)
+        if isinstance(options["damping"], reference.Factored):
+            options["damping"] = tekfac.FactoredDamping(options["damping"].damping)
         every = {"factor_every": 1, "basis_every": 1}
         if method in RESCALED:
             every["scale_every"] = 1

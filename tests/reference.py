@@ -288,11 +288,17 @@ class Block:
         input_factor, output_factor = self.pair
         return torch.kron(output_factor, input_factor)
 
-    def damped(self, damping: float, fc_scale: float = 1.0) -> Tensor:
+    def damped(self, damping: float, fc_scale: float = 1.0, factored: bool = False) -> Tensor:
+        a, g = (math.sqrt(fc_scale) * m for m in self.pair)
         if self.method.rescaled:
             dense = fc_scale * self.dense()
-            return dense + damping * torch.eye(len(dense), dtype=dense.dtype)
-        a, g = (math.sqrt(fc_scale) * m for m in self.pair)
+            if not factored:
+                return dense + damping * torch.eye(len(dense), dtype=dense.dtype)
+            # What the method without the rescaling adds to its own block.
+            return dense + self._factored(a, g, damping) - torch.kron(g, a)
+        return self._factored(a, g, damping)
+
+    def _factored(self, a: Tensor, g: Tensor, damping: float) -> Tensor:
         pi = math.sqrt((a.trace() / len(a)) / (g.trace() / len(g)))
         root = math.sqrt(damping)
         a = a + pi * root * torch.eye(len(a), dtype=a.dtype)
@@ -314,6 +320,13 @@ class Trace:
     nu: float
 
 
+@dataclass(frozen=True)
+class Factored:
+    """Factored Tikhonov damping for methods with a rescaling, too."""
+
+    damping: float
+
+
 @dataclass
 class Optimizer:
     """Natural gradient by dense solves, for the curvature layers of ``model`` and nothing else."""
@@ -324,7 +337,7 @@ class Optimizer:
     momentum: float = 0.0
     nesterov: bool = False
     weight_decay: float = 0.0
-    damping: float | Trace = 1e-2
+    damping: float | Trace | Factored = 1e-2
     fc_scale: float | str = 1.0
     factor_every: int = 1
     scale_every: int = 1
@@ -384,7 +397,8 @@ class Optimizer:
 
     def damped(self, name: str) -> list[Tensor]:
         lam, beta = self.damping_of(name), self.beta(name)
-        return [block.damped(lam, beta) for block in self.blocks[name]]
+        factored = isinstance(self.damping, Factored)
+        return [block.damped(lam, beta, factored) for block in self.blocks[name]]
 
     def dense(self, name: str) -> Tensor:
         """The layer's undamped block, block-diagonal over the groups of a convolution."""
@@ -400,7 +414,7 @@ class Optimizer:
         if isinstance(self.damping, Trace):
             dim = sum(len(block.dense()) for block in self.blocks[name])
             return max(self.trace(name), self.damping.nu) / dim
-        return self.damping
+        return self.damping.damping if isinstance(self.damping, Factored) else self.damping
 
     def beta(self, name: str) -> float:
         """β of a fully-connected layer in a convolutional network; 1 for every other layer."""

@@ -227,6 +227,13 @@ def test_bad_nu(nu: float) -> None:
         tekfac.TraceDamping(nu=nu)
 
 
+@pytest.mark.parametrize("damping", [0, -1.0, NAN, INF])
+def test_bad_factored_damping(damping: float) -> None:
+    message = f"^FactoredDamping's damping must be positive and finite, got {damping}$"
+    with pytest.raises(ValueError, match=message):
+        tekfac.FactoredDamping(damping)
+
+
 @pytest.mark.parametrize("variance", [0, -1.0, NAN, INF])
 def test_bad_variance(variance: float) -> None:
     message = f"^Gaussian's variance must be positive and finite, got {variance}$"

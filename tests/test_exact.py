@@ -8,7 +8,7 @@ import torch
 import reference
 import tekfac
 from harness import CONVOLUTIONAL, METHODS, NETWORKS, TOLERANCE, TRACED, SideBySide, batch, relative
-from reference import Trace
+from reference import Factored, Trace
 
 FISHERS = ["empirical", "exact"]
 # One ν that every trace is above, and one that none is.
@@ -45,12 +45,32 @@ def test_trace_damping(method: str, network: str, fisher: str, bias: bool, dampi
     first_step(network, method, fisher=fisher, bias=bias, damping=damping).check_parameters()
 
 
-@pytest.mark.parametrize("damping", [1e-2, Trace(1e-2)], ids=str)
+@pytest.mark.parametrize("damping", [Factored(1e-6), Factored(1e-2), Factored(10.0)], ids=str)
+@pytest.mark.parametrize("fisher", FISHERS)
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("method", METHODS)
+def test_factored_damping(method: str, network: str, fisher: str, damping: Factored) -> None:
+    pair = first_step(network, method, fisher=fisher, damping=damping)
+    pair.check_parameters()
+    for name, block in pair.fast.blocks.items():
+        damped = torch.block_diag(*pair.slow.damped(name))
+        assert block.damping == pytest.approx(damping.damping)
+        assert relative(block.dense(damped=True), damped) < TOLERANCE
+
+
+def test_factored_damping_is_what_methods_without_rescaling_have_anyway() -> None:
+    for method in ("KFAC", "TKFAC"):
+        number, rule = (first_step("pooled", method, damping=d) for d in (1e-2, Factored(1e-2)))
+        for p, q in zip(number.model.parameters(), rule.model.parameters(), strict=True):
+            assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("damping", [1e-2, Trace(1e-2), Factored(1e-2)], ids=str)
 @pytest.mark.parametrize("fc_scale", [3.0, 0.5, "auto"])
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("method", TRACED)
 def test_fully_connected_scale(
-    method: str, network: str, fc_scale: float | str, damping: float | Trace
+    method: str, network: str, fc_scale: float | str, damping: float | Trace | Factored
 ) -> None:
     torch.manual_seed(3)
     model = NETWORKS[network]()

@@ -16,7 +16,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from tekfac.experiments import networks, optimizers, runs
+import tekfac
+from tekfac.experiments import networks, optimizers, runs, searching
 from tekfac.experiments.config import Config
 from tekfac.experiments.data import Dataset, load
 from tekfac.experiments.errors import Diverged, InputError
@@ -631,6 +632,18 @@ def test_configuration_survives_json() -> None:
             {"optimizer": "tekfac", "settings": {"nu": 1.0, "damping": 1.0}},
             "--nu takes the place of --damping: give one",
         ),
+        (
+            {"optimizer": "tekfac", "settings": {"nu": 1.0, "factored_damping": 1.0}},
+            "--nu takes the place of --factored-damping: give one",
+        ),
+        (
+            {"optimizer": "ekfac", "settings": {"damping": 1.0, "factored_damping": 1.0}},
+            "--factored-damping takes the place of --damping: give one",
+        ),
+        (
+            {"optimizer": "tkfac", "settings": {"factored_damping": 1.0}},
+            "--factored-damping does nothing with --optimizer tkfac",
+        ),
     ],
 )
 def test_bad_configuration(changes: dict[str, Any], message: str) -> None:
@@ -650,6 +663,16 @@ def test_trace_damping_takes_the_place_of_constant_damping() -> None:
     settings = optimizers.resolve("tekfac", {"nu": 0.1})
     assert settings["nu"] == 0.1
     assert "damping" not in settings
+
+
+def test_factored_damping_takes_the_place_of_the_other_kinds(data: Dataset) -> None:
+    network = networks.build("mlp", data.image_shape, data.classes)
+    for name in ("ekfac", "tekfac"):
+        settings = optimizers.resolve(name, {"factored_damping": 0.1})
+        optimizer = optimizers.build(name, network, settings, torch.Generator())
+        assert optimizer.param_groups[0]["damping"] == tekfac.FactoredDamping(0.1)
+    grid = searching.paper_grid("tekfac", {"factored_damping": 0.1})
+    assert grid.keys() == {"lr"}
 
 
 def test_schedules() -> None:

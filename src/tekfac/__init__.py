@@ -5,7 +5,7 @@
 and the training loop stays as it is.
 """
 
-from tekfac.damping import TraceDamping
+from tekfac.damping import FactoredDamping, TraceDamping
 from tekfac.ekfac import EKFAC
 from tekfac.first_order import Adam
 from tekfac.fisher import Bernoulli, Categorical, Gaussian, Likelihood
@@ -24,6 +24,7 @@ __all__ = [
     "Adam",
     "Bernoulli",
     "Categorical",
+    "FactoredDamping",
     "Gaussian",
     "Likelihood",
     "NaturalGradient",

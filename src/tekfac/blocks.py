@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tekfac.damping import damping_of
+from tekfac.damping import FactoredDamping, damping_of
 from tekfac.factors import Factors
 from tekfac.layers import Layer, Sample
 from tekfac.linalg import completed
@@ -348,6 +348,25 @@ class Block(ABC):
     def _damped_eigenvalues(self) -> Tensor:
         """What a gradient in the basis is divided by, ``(G, d_out, d_in)``, positive."""
 
+    def _factored_damping(self) -> Tensor:
+        """What factored Tikhonov damping adds to the eigenvalues, ``(G, d_out, d_in)``.
+
+        With ``c`` the factors' coefficient, ``(√c D_in + π√λ) ⊗ (√c D_out + √λ/π)`` exceeds
+        ``c D_in ⊗ D_out`` by that; ``π² = (tr input/d_in) / (tr output/d_out)``.
+        """
+        basis = self._require_basis()
+        root = (self.fc_scale * self.factors.coefficient).sqrt()[:, None]
+        damping = self._damping().sqrt()
+        input, output = root * basis.input_values, root * basis.output_values
+        # Both traces by their dimensions.
+        ratio = (input @ basis.input_counts / self.layer.d_in)[:, None] / (
+            output @ basis.output_counts / self.layer.d_out
+        )[:, None]
+        # A factor that vanishes says nothing about how to share the damping out.
+        pi = torch.where(ratio.isfinite() & (ratio > 0), ratio, 1).sqrt()
+        more_in, more_out = damping * pi, damping / pi
+        return (output * more_in)[:, :, None] + (more_out * (input + more_in))[:, None]
+
     def _rescale(self, gradient_scale: float, decay: float, usable: Tensor | None) -> Tensor | bool:
         """Average the batch's rescaling in, if it is finite and usable; whether it was."""
         return True if usable is None else usable
@@ -377,7 +396,11 @@ class Block(ABC):
         return rows.repeat_interleave(basis.input_counts.long(), dim=2)
 
     def _damping(self) -> Tensor:
-        return damping_of(self.group["damping"], self.fc_scale * self.fisher_trace(), self.dim)
+        def trace() -> Tensor:
+            return self.fc_scale * self.fisher_trace()
+
+        like = self._require_basis().input_values
+        return damping_of(self.group["damping"], trace, self.dim, like)
 
     def _require_basis(self) -> Basis:
         if self.empty or self.basis is None:
@@ -400,8 +423,7 @@ class FactoredBlock(Block):
     """Rescaled by the eigenvalues of its own factors: ``c · D_in ⊗ D_out`` (paper, 2.6 and 3.1).
 
     ``c`` is the factors' coefficient, 1 or ``δ``. Damping is factored Tikhonov damping on ``√c``
-    times each factor:
-    ``(√c D_in + π √λ) ⊗ (√c D_out + √λ/π)``, ``π² = (tr input/d_in) / (tr output/d_out)``.
+    times each factor.
     """
 
     def _eigenvalues(self) -> Tensor:
@@ -414,17 +436,7 @@ class FactoredBlock(Block):
         )
 
     def _damped_eigenvalues(self) -> Tensor:
-        basis = self._require_basis()
-        root = (self.fc_scale * self.factors.coefficient).sqrt()[:, None]
-        damping = self._damping().sqrt()
-        input, output = root * basis.input_values, root * basis.output_values
-        # Both traces by their dimensions.
-        ratio = (input @ basis.input_counts / self.layer.d_in)[:, None] / (
-            output @ basis.output_counts / self.layer.d_out
-        )[:, None]
-        # A factor that vanishes says nothing about how to share the damping out.
-        pi = torch.where(ratio.isfinite() & (ratio > 0), ratio, 1).sqrt()
-        return (output + damping / pi)[:, :, None] * (input + damping * pi)[:, None]
+        return self._eigenvalues() + self._factored_damping()
 
     def fisher_trace(self) -> Tensor:
         basis = self._require_basis()
@@ -438,7 +450,7 @@ class CorrectedBlock(Block):
     """Rescaled by second moments in its basis: ``E[(U_outᵀ D_n U_in)^∘2]`` (paper, 2.7 and 3.2).
 
     It is the best diagonal there is in this basis (Theorem 3.1), and its sum is the trace of ``F``.
-    Damping is added to it (3.4).
+    Damping is added to it: λ (3.4), or what `FactoredDamping` says.
     """
 
     scale: Tensor | None = None
@@ -521,7 +533,8 @@ class CorrectedBlock(Block):
         return self.fc_scale * self.scale.to(self.layer.dtype)
 
     def _damped_eigenvalues(self) -> Tensor:
-        return self._eigenvalues() + self._damping()
+        factored = isinstance(self.group["damping"], FactoredDamping)
+        return self._eigenvalues() + (self._factored_damping() if factored else self._damping())
 
     def fisher_trace(self) -> Tensor:
         assert self.scale is not None

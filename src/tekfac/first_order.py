@@ -63,7 +63,9 @@ def adam_step(
             state[p]["step"] = torch.tensor(0.0)
             state[p]["exp_avg"] = torch.zeros_like(p)
             state[p]["exp_avg_sq"] = torch.zeros_like(p)
-    fused: dict[str, Any] = {}
+    # torch takes a loop over the parameters on a CPU by default, a tenth as fast.
+    on_cpu = all(p.device.type == "cpu" and p.is_floating_point() for p in params)
+    fused: dict[str, Any] = {"fused": True} if on_cpu else {}
     if wanted is not None:
         for p in params:
             state[p]["step"] = state[p]["step"].to(p.device, non_blocking=True)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tekfac.blocks import Block, Due
 from tekfac.capture import REENTRANT, Capture
 from tekfac.checks import check_count, check_decay, check_not_negative, check_positive
-from tekfac.damping import Damping, TraceDamping, check_damping
+from tekfac.damping import Damping, FactoredDamping, TraceDamping, check_damping
 from tekfac.first_order import Adam, adam_step, decay_weights, multiply
 from tekfac.fisher import LIKELIHOODS, ExactFisher, Fisher, Likelihood, SampledFisher
 from tekfac.intervals import BASES, STATISTICS, decay_at, is_due
@@ -74,7 +74,8 @@ class NaturalGradient(torch.optim.Optimizer):
         momentum: μ, in [0, 1). 0 keeps no buffer.
         nesterov: step along ``(F̂ + λ I)⁻¹ ∇h + momentum · v`` instead of ``v``.
         weight_decay: decoupled, not negative.
-        damping: λ, a positive float; TKFAC and TEKFAC take a `TraceDamping` too. The default was
+        damping: λ, a positive float, or a `FactoredDamping`, which makes a difference to EKFAC and
+            TEKFAC; TKFAC and TEKFAC take a `TraceDamping` too. The default was
             chosen with the default ``lr`` on three tasks (benchmarks/README.md): ``lr / damping``
             is the step in directions without curvature.
         fisher: labels for the statistics. "mc": drawn from the model's predictive distribution
@@ -576,7 +577,7 @@ class NaturalGradient(torch.optim.Optimizer):
                 f"{self._method} does not support sparse gradients: give embeddings sparse=False"
             )
         largest = torch._foreach_norm(grads, math.inf)
-        return torch.stack([n.isfinite().to(grads[0].device) for n in largest]).all()
+        return torch.stack([n.to(grads[0].device) for n in largest]).isfinite().all()
 
     def _not_finite(self) -> str:
         """Name of a parameter whose gradient is not finite."""
@@ -671,7 +672,7 @@ class NaturalGradient(torch.optim.Optimizer):
             own = {f"block.{name}": value for name, value in block.state_dict().items()}
             packed["state"][key] = {**packed["state"].get(key, {}), **own}
         for group in packed["param_groups"]:
-            if isinstance(group["damping"], TraceDamping):
+            if not isinstance(group["damping"], (int, float)):
                 group["damping"] = asdict(group["damping"])
         packed["tekfac"] = {
             "method": self._method,
@@ -706,7 +707,8 @@ class NaturalGradient(torch.optim.Optimizer):
             }
         for group in packed["param_groups"]:
             if isinstance(group["damping"], dict):
-                group["damping"] = TraceDamping(**group["damping"])
+                rule = TraceDamping if "nu" in group["damping"] else FactoredDamping
+                group["damping"] = rule(**group["damping"])
         packed["state"] = {key: values for key, values in packed["state"].items() if values}
         super().load_state_dict(packed)
         index, group_of = self._index(), self._group_of()

@@ -225,6 +225,12 @@ Nu = Annotated[
     float | None,
     typer.Option(help="ν of trace damping (TKFAC, TEKFAC).", rich_help_panel=METHOD),
 ]
+FactoredDamping = Annotated[
+    float | None,
+    typer.Option(
+        help="λ of KFAC's factored damping, for EKFAC and TEKFAC too.", rich_help_panel=METHOD
+    ),
+]
 TensorBoard = Annotated[
     bool | None,
     typer.Option(
@@ -282,6 +288,7 @@ SETTING_OPTIONS = (
     "weight_decay",
     "damping",
     "nu",
+    "factored_damping",
     "fisher",
     "factor_every",
     "scale_every",
@@ -333,6 +340,7 @@ def train(
     weight_decay: WeightDecay = None,
     damping: Damping = None,
     nu: Nu = None,
+    factored_damping: FactoredDamping = None,
     fisher: Fisher = None,
     factor_every: FactorEvery = None,
     scale_every: ScaleEvery = None,
@@ -451,6 +459,7 @@ def compare(
     weight_decay: WeightDecay = None,
     damping: Damping = None,
     nu: Nu = None,
+    factored_damping: FactoredDamping = None,
     fisher: Fisher = None,
     factor_every: FactorEvery = None,
     scale_every: ScaleEvery = None,
@@ -573,6 +582,7 @@ def search(
     weight_decay: WeightDecay = None,
     damping: Damping = None,
     nu: Nu = None,
+    factored_damping: FactoredDamping = None,
     fisher: Fisher = None,
     factor_every: FactorEvery = None,
     scale_every: ScaleEvery = None,

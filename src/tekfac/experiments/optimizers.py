@@ -113,6 +113,8 @@ def _natural_gradient(
         options["first_order"] = tekfac.Adam(lr=options.pop("first_order_lr"))
         if "nu" in options:
             options["damping"] = tekfac.TraceDamping(options.pop("nu"))
+        if "factored_damping" in options:
+            options["damping"] = tekfac.FactoredDamping(options.pop("factored_damping"))
         if options["fisher"] == "mc":
             options["generator"] = generator
         return optimizer(network, **options)
@@ -154,6 +156,7 @@ METHODS: dict[str, Method] = {
         "EKFAC",
         {"lr": 1e-4, "damping": 1e-4, **NATURAL_GRADIENT, "scale_every": 10},
         _natural_gradient(tekfac.EKFAC),
+        {"factored_damping": "damping"},
     ),
     "tkfac": Method(
         "TKFAC",
@@ -165,7 +168,7 @@ METHODS: dict[str, Method] = {
         "TEKFAC",
         {"lr": 1e-4, "damping": 1e-4, **NATURAL_GRADIENT, "scale_every": 10},
         _natural_gradient(tekfac.TEKFAC),
-        {"nu": "damping"},
+        {"nu": "damping", "factored_damping": "damping"},
     ),
     # Their packages' or authors' defaults, not tuned for the digits.
     "soap": Method(
@@ -200,8 +203,13 @@ def has_setting(name: str, key: str) -> bool:
 def excluded(name: str, given: Collection[str]) -> set[str]:
     """Settings of the method ``name`` that cannot stand beside those given, for they replace one
     another."""
-    pairs = METHODS[name].alternatives.items()
-    return {old for new, old in pairs if new in given} | {new for new, old in pairs if old in given}
+    alternatives = METHODS[name].alternatives
+    found: set[str] = set()
+    for key in given:
+        replaced = alternatives.get(key, key)
+        same = {replaced, *(new for new, old in alternatives.items() if old == replaced)}
+        found |= same - {key}
+    return found
 
 
 def resolve(name: str, given: Settings) -> dict[str, Any]:
@@ -230,8 +238,8 @@ def resolve(name: str, given: Settings) -> dict[str, Any]:
             raise InputError(f"{_option(key)} must be finite, got {value}")
         replaced = method.alternatives.get(key)
         if replaced is not None:
-            if replaced in given:
-                raise InputError(f"{_option(key)} takes the place of {_option(replaced)}: give one")
+            for other in sorted(excluded(name, [key]) & given.keys()):
+                raise InputError(f"{_option(key)} takes the place of {_option(other)}: give one")
             settings.pop(replaced, None)
         settings[key] = value
     return settings
