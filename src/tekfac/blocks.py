@@ -156,6 +156,7 @@ class Block(ABC):
         self.fc_scale: Tensor | float = 1.0
         """β of the paper: the block is this times the layer's Fisher matrix."""
         self.due = Due()
+        self._damping_kept: tuple[object, object, Tensor, Tensor] | None = None
         self.silent = False
         """Measured, and found to get no gradient at all, before there was any estimate."""
         self.discard()
@@ -290,6 +291,8 @@ class Block(ABC):
                 is due and there is an estimate already, nothing is read from the device then.
         """
         examples = self._examples
+        if examples or self.due.basis:
+            self._damping_kept = None
         scale = float(examples) if gradient_scale is None else gradient_scale
         used: Tensor | bool = True
         failed = False
@@ -328,6 +331,7 @@ class Block(ABC):
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take over what `state_dict` gave, in copies on the layer's device and as kept here."""
         self.discard()
+        self._damping_kept = None
         state = {name: self._adopted(name, value) for name, value in state.items()}
         basis = _under(state, "basis.")
         self.factors.load_state_dict(_under(state, "factor."), basis)
@@ -348,12 +352,21 @@ class Block(ABC):
     def _damped_eigenvalues(self) -> Tensor:
         """What a gradient in the basis is divided by, ``(G, d_out, d_in)``, positive."""
 
-    def _factored_damping(self) -> Tensor:
-        """What factored Tikhonov damping adds to the eigenvalues, ``(G, d_out, d_in)``.
+    def _with_factored_damping(self, eigenvalues: Tensor) -> Tensor:
+        """The eigenvalues and what factored Tikhonov damping adds to them, ``(G, d_out, d_in)``.
 
         With ``c`` the factors' coefficient, ``(√c D_in + π√λ) ⊗ (√c D_out + √λ/π)`` exceeds
         ``c D_in ⊗ D_out`` by that; ``π² = (tr input/d_in) / (tr output/d_out)``.
         """
+        rule, fc_scale = self.group["damping"], self.fc_scale
+        kept = self._damping_kept
+        if kept is None or kept[0] != rule or kept[1] is not fc_scale:
+            # Many small operations, whose result changes with the statistics only.
+            kept = self._damping_kept = (rule, fc_scale, *self._factored_damping())
+        return eigenvalues + kept[2][:, :, None] + kept[3][:, None]
+
+    def _factored_damping(self) -> tuple[Tensor, Tensor]:
+        """The part that belongs to ``D_out``, ``(G, d_out)``, and all else, ``(G, d_in)``."""
         basis = self._require_basis()
         root = (self.fc_scale * self.factors.coefficient).sqrt()[:, None]
         damping = self._damping().sqrt()
@@ -365,7 +378,7 @@ class Block(ABC):
         # A factor that vanishes says nothing about how to share the damping out.
         pi = torch.where(ratio.isfinite() & (ratio > 0), ratio, 1).sqrt()
         more_in, more_out = damping * pi, damping / pi
-        return (output * more_in)[:, :, None] + (more_out * (input + more_in))[:, None]
+        return output * more_in, more_out * (input + more_in)
 
     def _rescale(self, gradient_scale: float, decay: float, usable: Tensor | None) -> Tensor | bool:
         """Average the batch's rescaling in, if it is finite and usable; whether it was."""
@@ -436,7 +449,7 @@ class FactoredBlock(Block):
         )
 
     def _damped_eigenvalues(self) -> Tensor:
-        return self._eigenvalues() + self._factored_damping()
+        return self._with_factored_damping(self._eigenvalues())
 
     def fisher_trace(self) -> Tensor:
         basis = self._require_basis()
@@ -533,8 +546,9 @@ class CorrectedBlock(Block):
         return self.fc_scale * self.scale.to(self.layer.dtype)
 
     def _damped_eigenvalues(self) -> Tensor:
-        factored = isinstance(self.group["damping"], FactoredDamping)
-        return self._eigenvalues() + (self._factored_damping() if factored else self._damping())
+        if isinstance(self.group["damping"], FactoredDamping):
+            return self._with_factored_damping(self._eigenvalues())
+        return self._eigenvalues() + self._damping()
 
     def fisher_trace(self) -> Tensor:
         assert self.scale is not None
