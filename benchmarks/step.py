@@ -183,7 +183,7 @@ PARTS = {
     "factors": "tekfac.moments.Moment.add",
     "rescaling": "tekfac.blocks.CorrectedBlock._add_squares",
     "basis": "tekfac.moments.Moment.eigen",
-    "preconditioning": "tekfac.blocks.Block.precondition",
+    "preconditioning": "tekfac.optimizer.NaturalGradient._preconditioned",
 }
 
 

@@ -8,7 +8,9 @@ from and what the rescaling ``s`` is make the four methods; both choices are nam
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from itertools import zip_longest
 from typing import Any, ClassVar
 
 import torch
@@ -30,6 +32,9 @@ from tekfac.statistics import (
 )
 
 DENSE_LIMIT = 8192
+
+# Multiplications of one rotation above which a block is preconditioned by itself.
+STACKED = 2**26
 
 # The large parts of a block's state.
 STORED = ("factor.input", "factor.output", "basis.input", "basis.output", "scale")
@@ -268,6 +273,20 @@ class Block(ABC):
             for rows in self.layer.chunks(sample, read.stride, read.dtype):
                 self.factors.add(rows, sample.first)
 
+    @property
+    def stacking(self) -> object | None:
+        """What blocks must agree in to be preconditioned together; None for one by itself.
+
+        Products of large matrices gain nothing from that.
+        """
+        basis = self._require_basis()
+        d_out, d_in = self.layer.d_out, self.layer.d_in
+        work = d_out * d_in * (d_out + d_in)
+        own = type(self).precondition is not Block.precondition
+        if own or work > STACKED or basis.input.shape[2] < d_in or basis.output.shape[2] < d_out:
+            return None
+        return (d_out, d_in, basis.input.dtype, self.layer.dtype, basis.input.device)
+
     def precondition(self, matrix: Tensor) -> Tensor:
         """``(F̂ + λ I)⁻¹ ∇h`` for a ``(G, d_out, d_in)`` gradient (2.5): rotate, rescale, rotate."""
         basis = self._require_basis()
@@ -369,7 +388,7 @@ class Block(ABC):
         """The part that belongs to ``D_out``, ``(G, d_out)``, and all else, ``(G, d_in)``."""
         basis = self._require_basis()
         root = (self.fc_scale * self.factors.coefficient).sqrt()[:, None]
-        damping = self._damping().sqrt()
+        damping = self._damping() ** 0.5
         input, output = root * basis.input_values, root * basis.output_values
         # Both traces by their dimensions.
         ratio = (input @ basis.input_counts / self.layer.d_in)[:, None] / (
@@ -396,7 +415,7 @@ class Block(ABC):
         self.factors.input.follow(*input)
         self.factors.output.follow(*output)
         vectors = input[1].to(self.storage), output[1].to(self.storage)
-        new = Basis(*vectors, input[0], output[0])
+        new = Basis(*vectors, input[0].to(self.layer.dtype), output[0].to(self.layer.dtype))
         if self.basis is not None:
             self._change_basis(self.basis, new)
         self.basis = new
@@ -408,12 +427,12 @@ class Block(ABC):
         rows = values.repeat_interleave(basis.output_counts.long(), dim=1)
         return rows.repeat_interleave(basis.input_counts.long(), dim=2)
 
-    def _damping(self) -> Tensor:
+    def _damping(self) -> Tensor | float:
         def trace() -> Tensor:
             return self.fc_scale * self.fisher_trace()
 
-        like = self._require_basis().input_values
-        return damping_of(self.group["damping"], trace, self.dim, like)
+        dtype = self._require_basis().input_values.dtype
+        return damping_of(self.group["damping"], trace, self.dim, dtype)
 
     def _require_basis(self) -> Basis:
         if self.empty or self.basis is None:
@@ -430,6 +449,38 @@ class Block(ABC):
                 f"got {tuple(vector.shape)}"
             )
         return self.layer.from_vector(vector)
+
+
+class Stack:
+    """Blocks whose bases have the same shapes, preconditioned in one batch of products.
+
+    Each block's basis becomes a part of the joined one, so that nothing is held twice.
+
+    Args:
+        blocks: blocks with the same `stacking`, which have a basis.
+    """
+
+    def __init__(self, blocks: list[Block]) -> None:
+        self.blocks = blocks
+        self._bases: list[Basis | None] = []
+
+    def precondition(self, matrices: Sequence[Tensor]) -> list[Tensor]:
+        """What `Block.precondition` of each block makes of its gradient."""
+        if any(old is not block.basis for old, block in zip_longest(self._bases, self.blocks)):
+            self._join()
+        values = torch.cat([block._damped_eigenvalues() for block in self.blocks])
+        natural = self._joined.apply(values.reciprocal_(), torch.cat(list(matrices)))
+        return list(natural.split_with_sizes([len(matrix) for matrix in matrices]))
+
+    def _join(self) -> None:
+        bases = [block._require_basis() for block in self.blocks]
+        names = [field.name for field in fields(Basis)]
+        self._joined = Basis(*(torch.cat([getattr(b, name) for b in bases]) for name in names))
+        groups = [block.groups for block in self.blocks]
+        parts = zip(*(getattr(self._joined, name).split(groups) for name in names), strict=True)
+        for block, part in zip(self.blocks, parts, strict=True):
+            block.basis = Basis(*part)
+        self._bases = [block.basis for block in self.blocks]
 
 
 class FactoredBlock(Block):
@@ -543,7 +594,12 @@ class CorrectedBlock(Block):
 
     def _eigenvalues(self) -> Tensor:
         assert self.scale is not None
-        return self.fc_scale * self.scale.to(self.layer.dtype)
+        scale = self.scale.to(self.layer.dtype)
+        return (
+            scale
+            if isinstance(self.fc_scale, float) and self.fc_scale == 1
+            else self.fc_scale * scale
+        )
 
     def _damped_eigenvalues(self) -> Tensor:
         if isinstance(self.group["damping"], FactoredDamping):

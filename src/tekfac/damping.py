@@ -61,20 +61,22 @@ class FactoredDamping:
 Damping = float | TraceDamping | FactoredDamping
 
 
-def damping_of(rule: Damping, block_trace: Callable[[], Tensor], dim: int, like: Tensor) -> Tensor:
-    """The damping λ of a block, 0-dimensional.
+def damping_of(
+    rule: Damping, block_trace: Callable[[], Tensor], dim: int, dtype: torch.dtype
+) -> Tensor | float:
+    """The damping λ of a block, a number or 0-dimensional.
 
     Args:
         rule: what the user gave.
         block_trace: gives the block's trace; not every rule asks for it.
         dim: the block's rows.
-        like: a tensor of the type and on the device wanted.
+        dtype: the block's precision.
     """
     if isinstance(rule, TraceDamping):
         return block_trace().clamp_min(rule.nu) / dim
     number = rule.damping if isinstance(rule, FactoredDamping) else rule
     # A number too small for the block's precision must not become a division by 0.
-    return like.new_full((), max(number, torch.finfo(like.dtype).tiny))
+    return max(number, torch.finfo(dtype).tiny)
 
 
 def check_damping(rule: object, *, trace_damping: bool, method: str) -> None:

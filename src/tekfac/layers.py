@@ -142,7 +142,8 @@ class Layer(ABC):
         if self.bias is not None:
             part = torch.zeros_like(self.bias) if bias is None else bias
             columns.append(part.reshape(self.groups, self.d_out, 1))
-        return torch.cat(columns, dim=2).to(self.dtype)
+        whole = torch.cat(columns, dim=2) if len(columns) > 1 else columns[0]
+        return whole.to(self.dtype)
 
     def split(self, matrix: Tensor) -> list[Tensor]:
         """The inverse of `matrix`: one tensor for each of `parameters`, in its shape."""

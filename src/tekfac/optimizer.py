@@ -19,7 +19,7 @@ from typing import Any, ClassVar, TypedDict, overload
 import torch
 from torch import Tensor, nn
 
-from tekfac.blocks import Block, Due
+from tekfac.blocks import Block, Due, Stack
 from tekfac.capture import REENTRANT, Capture
 from tekfac.checks import check_count, check_decay, check_not_negative, check_positive
 from tekfac.damping import Damping, FactoredDamping, TraceDamping, check_damping
@@ -210,6 +210,7 @@ class NaturalGradient(torch.optim.Optimizer):
         self._unread: dict[str, Tensor] = {}
         self._warned: set[str] = set()
         self._blocks: dict[str, Block] = {}
+        self._stacks: dict[object, Stack] = {}
         self._capture: Capture | None = None
         defaults = {
             "lr": lr,
@@ -595,23 +596,22 @@ class NaturalGradient(torch.optim.Optimizer):
         directions: dict[Tensor, Tensor] = {}
         inner = 0.0
         unmeasured: list[nn.Parameter] = []
-        for block in self._blocks.values():
-            parameters = block.layer.parameters
+        gradients: dict[str, Tensor] = {}
+        for name, block in self._blocks.items():
             weight, bias = block.layer.weight, block.layer.bias
-            if all(p.grad is None for p in parameters):
-                continue
-            if block.empty:
-                unmeasured += [p for p in parameters if p.grad is not None]
-                continue
-            gradient = block.layer.matrix(
-                None if weight is None else weight.grad, None if bias is None else bias.grad
-            )
-            natural = block.precondition(gradient)
+            reached = [p for p in block.layer.parameters if p.grad is not None]
+            if reached and block.empty:
+                unmeasured += reached
+            elif reached:
+                gradients[name] = block.layer.matrix(
+                    None if weight is None else weight.grad, None if bias is None else bias.grad
+                )
+        for name, natural in self._preconditioned(gradients).items():
+            block = self._blocks[name]
             if self.kl_clip is not None:
-                inner = inner + block.group["lr"] ** 2 * (natural * gradient).sum()
-            for p, direction in zip(parameters, block.layer.split(natural), strict=True):
-                if p.grad is not None:
-                    directions[p] = direction.to(p.dtype)
+                inner = inner + block.group["lr"] ** 2 * (natural * gradients[name]).sum()
+            parts = zip(block.layer.parameters, block.layer.split(natural), strict=True)
+            directions |= {p: part.to(p.dtype) for p, part in parts if p.grad is not None}
         if self.kl_clip is not None and isinstance(inner, Tensor):
             clip = (
                 (self.kl_clip / inner.clamp_min(torch.finfo(inner.dtype).tiny)).sqrt().clamp_max(1)
@@ -625,6 +625,25 @@ class NaturalGradient(torch.optim.Optimizer):
                 ready = [p for p in group["params"] if p in directions]
                 self._step_along(ready, directions, group, wanted)
         adam_step(unmeasured, self.state, asdict(self.first_order), wanted)
+
+    def _preconditioned(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """``(F̂ + λ I)⁻¹ ∇h`` of these blocks; of small ones with the same shapes together."""
+        alike: dict[object, list[str]] = {}
+        for name in gradients:
+            stacking = self._blocks[name].stacking
+            alike.setdefault(name if stacking is None else stacking, []).append(name)
+        result: dict[str, Tensor] = {}
+        for stacking, names in alike.items():
+            blocks = [self._blocks[name] for name in names]
+            if len(blocks) == 1:
+                result[names[0]] = blocks[0].precondition(gradients[names[0]])
+                continue
+            stack = self._stacks.get(stacking)
+            if stack is None or stack.blocks != blocks:
+                stack = self._stacks[stacking] = Stack(blocks)
+            found = stack.precondition([gradients[name] for name in names])
+            result |= zip(names, found, strict=True)
+        return result
 
     def _step_along(
         self,
