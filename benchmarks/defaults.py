@@ -4,8 +4,8 @@
 
 trains each method with the optimizers' own intervals (10, 10, 100) and decays, with a fifth of the
 training images held out (at most 2000; the test images play no part), and prints a Markdown table
-of the held-out loss and accuracy. ``--trace`` tries trace damping (TKFAC, TEKFAC) in place of a
-constant.
+of the held-out loss and accuracy. ``--rule nu`` tries trace damping (TKFAC, TEKFAC) in place of a
+constant, ``--rule factored_damping`` factored damping (EKFAC, TEKFAC).
 """
 
 from __future__ import annotations
@@ -22,7 +22,11 @@ from tekfac.experiments.training import Training, Watcher
 
 LRS = (3e-4, 1e-3, 3e-3)
 DAMPINGS = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-NUS = (1e-2, 1e-1, 1.0, 10.0, 100.0)
+RULES = {
+    "damping": DAMPINGS,
+    "factored_damping": DAMPINGS,
+    "nu": (1e-2, 1e-1, 1.0, 10.0, 100.0),
+}
 INTERVALS = {"factor_every": 10, "basis_every": 100}
 
 
@@ -70,11 +74,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--methods", default="kfac,ekfac,tkfac,tekfac")
     parser.add_argument("--lrs", default=",".join(map(str, LRS)))
-    parser.add_argument("--trace", action="store_true")
+    parser.add_argument("--rule", default="damping", choices=RULES)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     warnings.simplefilter("ignore", RuntimeWarning)  # of steps skipped on the way to divergence
-    name, values = ("nu", NUS) if options.trace else ("damping", DAMPINGS)
+    name, values = options.rule, RULES[options.rule]
     task = Config(
         data=options.data,
         network=options.network,

@@ -16,6 +16,7 @@ import dataclasses
 import fcntl
 import time
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -29,11 +30,12 @@ from tekfac.blocks import Basis, Block
 from tekfac.experiments.config import Config
 from tekfac.experiments.errors import Diverged
 from tekfac.experiments.files import markdown, write_text
-from tekfac.experiments.optimizers import METHODS
+from tekfac.experiments.optimizers import METHODS, excluded
 from tekfac.experiments.schedules import Schedule
 from tekfac.experiments.training import Training, Watcher
 from tekfac.statistics import carried_over, overlap
 from tekfac.tekfac import TEKFACBlock
+from tekfac.tkfac import TKFACBlock
 
 SCHEDULE = Schedule("cosine", warmup=0.3)
 NATURAL = {
@@ -50,6 +52,13 @@ class RootBlock(TEKFACBlock):
 
     def _damped_eigenvalues(self) -> Tensor:
         return super()._damped_eigenvalues().sqrt()
+
+
+class PlainBlock(TKFACBlock):
+    """TKFAC with EKFAC's and TEKFAC's damping in place of its own."""
+
+    def _damped_eigenvalues(self) -> Tensor:
+        return self._eigenvalues() + self._damping()
 
 
 class AdaptedBlock(TEKFACBlock):
@@ -91,7 +100,7 @@ class Variant:
         attributes: of the optimizer itself, set before the first step.
         group: settings of its parameter groups.
         schedule: the learning rate's.
-        block: in place of TEKFAC's.
+        block: in place of the method's own.
         memory: of `tekfac.intervals`; 0 for averages with the same decay from the first step.
     """
 
@@ -100,7 +109,7 @@ class Variant:
     attributes: dict[str, Any] = dataclasses.field(default_factory=dict)
     group: dict[str, Any] = dataclasses.field(default_factory=dict)
     schedule: Schedule = SCHEDULE
-    block: type[Block] = TEKFACBlock
+    block: type[Block] | None = None
     memory: int = intervals.MEMORY
 
 
@@ -110,6 +119,10 @@ VARIANTS = {
     "lr 1e-2, kl_clip 1e-2": Variant(settings={"lr": 1e-2}, attributes={"kl_clip": 1e-2}),
     "lr 1e-2, kl_clip 1e-3": Variant(settings={"lr": 1e-2}, attributes={"kl_clip": 1e-3}),
     "norm layers by Adam with lr 2e-2": Variant(settings={"first_order_lr": 2e-2}),
+    "factored damping 3e-4": Variant(settings={"factored_damping": 3e-4}),
+    "factored damping 1e-3": Variant(settings={"factored_damping": 1e-3}),
+    "factored damping 1e-4": Variant(settings={"factored_damping": 1e-4}),
+    "TKFAC with λ added to its eigenvalues": Variant("tkfac", block=PlainBlock),
     "λ 3e-4, lr 1e-3": Variant(settings={"lr": 1e-3, "damping": 3e-4}),
     "averages with decay 0.95 from the first step": Variant(memory=0),
     "averages with decay 0.5": Variant(attributes={"factor_decay": 0.5, "scale_decay": 0.5}),
@@ -151,8 +164,8 @@ def configured(variant: Variant, task: Config) -> Config:
     given = dict(variant.settings)
     if variant.optimizer in ("kfac", "ekfac", "tkfac", "tekfac"):
         given = {**NATURAL, **given}
-        if "nu" in given:
-            given.pop("damping")
+        for other in excluded(variant.optimizer, variant.settings):
+            given.pop(other, None)
     known = {*METHODS[variant.optimizer].defaults, *METHODS[variant.optimizer].alternatives}
     settings = {key: value for key, value in given.items() if key in known}
     return dataclasses.replace(
@@ -162,7 +175,10 @@ def configured(variant: Variant, task: Config) -> Config:
 
 def trained(variant: Variant, task: Config, data: Any) -> list[str]:
     """Loss and accuracy on the held-out images after the last epoch, and processor time."""
-    with mock.patch.object(tekfac.TEKFAC, "make_block", variant.block):
+    with ExitStack() as stack:
+        if variant.block is not None:
+            method = getattr(tekfac, variant.optimizer.upper())
+            stack.enter_context(mock.patch.object(method, "make_block", variant.block))
         training = Training(configured(variant, task), data)
     for name, value in variant.attributes.items():
         if not hasattr(training.optimizer, name):
