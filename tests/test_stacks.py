@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -120,7 +121,7 @@ def test_layers_that_come_and_go(method: str, monkeypatch: pytest.MonkeyPatch) -
         torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("how", ["state_dict", "deepcopy"])
+@pytest.mark.parametrize("how", ["state_dict", "deepcopy", "pickle"])
 def test_a_run_goes_on_from_a_state_or_a_copy(how: str) -> None:
     torch.manual_seed(0)
     optimizer = build("TEKFAC", network())
@@ -128,11 +129,25 @@ def test_a_run_goes_on_from_a_state_or_a_copy(how: str) -> None:
     if how == "state_dict":
         other = build("TEKFAC", copy.deepcopy(optimizer.model))
         other.load_state_dict(optimizer.state_dict())
-    else:
+    elif how == "deepcopy":
         other = copy.deepcopy(optimizer)
+    else:
+        other = pickle.loads(pickle.dumps(optimizer))
+    assert storages(bases(other)) == 7
     expected = [p.clone() for p in train(optimizer, 4, skip=3)]
     for p, q in zip(train(other, 4, skip=3), expected, strict=True):
         assert torch.equal(p, q)
+
+
+def test_a_pickle_holds_nothing_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    for limit in (blocks.STACKED, 0):
+        monkeypatch.setattr(blocks, "STACKED", limit)
+        torch.manual_seed(0)
+        optimizer = build("TEKFAC", network())
+        train(optimizer, 1)
+        sizes.append(len(pickle.dumps(optimizer)))
+    assert sizes[0] < 1.01 * sizes[1]
 
 
 class Counted(TorchDispatchMode):

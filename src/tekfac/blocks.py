@@ -59,6 +59,10 @@ class Basis:
     input_values: Tensor
     output_values: Tensor
 
+    def __getstate__(self) -> dict[str, Tensor]:
+        # Pickled or copied, a part of a joined tensor (see `Stack`) would take the whole with it.
+        return {name: value.clone() for name, value in vars(self).items()}
+
     def apply(self, values: Tensor, matrix: Tensor) -> Tensor:
         """``U_out (values ∘ (U_outᵀ V U_in)) U_inᵀ``: what has these eigenvalues, times ``V``.
 

@@ -812,7 +812,7 @@ class NaturalGradient(torch.optim.Optimizer):
             for key, value in self.__dict__.items()
             if key not in ("_capture", "step") and not key.startswith("_optimizer_")
         }
-        return state | {"closed": self._capture is None}
+        return state | {"closed": self._capture is None, "_stacks": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         closed = state.pop("closed", None)
