@@ -56,6 +56,12 @@ def test_factored_damping(method: str, network: str, fisher: str, damping: Facto
         damped = torch.block_diag(*pair.slow.damped(name))
         assert block.damping == pytest.approx(damping.damping)
         assert relative(block.dense(damped=True), damped) < TOLERANCE
+    # Changed, it holds at once, with the same statistics.
+    pair.slow.damping = Factored(0.3)
+    pair.fast.param_groups[0]["damping"] = tekfac.FactoredDamping(0.3)
+    for name, block in pair.fast.blocks.items():
+        damped = torch.block_diag(*pair.slow.damped(name))
+        assert relative(block.dense(damped=True), damped) < TOLERANCE
 
 
 def test_factored_damping_is_what_methods_without_rescaling_have_anyway() -> None:

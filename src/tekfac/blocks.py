@@ -599,11 +599,9 @@ class CorrectedBlock(Block):
     def _eigenvalues(self) -> Tensor:
         assert self.scale is not None
         scale = self.scale.to(self.layer.dtype)
-        return (
-            scale
-            if isinstance(self.fc_scale, float) and self.fc_scale == 1
-            else self.fc_scale * scale
-        )
+        # Most layers have no β.
+        plain = not isinstance(self.fc_scale, Tensor) and self.fc_scale == 1
+        return scale if plain else self.fc_scale * scale
 
     def _damped_eigenvalues(self) -> Tensor:
         if isinstance(self.group["damping"], FactoredDamping):
