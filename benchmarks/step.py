@@ -180,6 +180,7 @@ def race(options: argparse.Namespace) -> None:
 PARTS = {
     "backward pass for output gradients": "tekfac.capture._gradients",
     "inputs and gradients as matrices": "tekfac.layers.Layer._rows",
+    "traces of the examples": "tekfac.factors.TraceRestrictedFactors.add",
     "factors": "tekfac.moments.Moment.add",
     "rescaling": "tekfac.blocks.CorrectedBlock._add_squares",
     "basis": "tekfac.moments.Moment.eigen",

@@ -218,7 +218,13 @@ class Layer(ABC):
         Examples, and the type, are those of `chunks`.
         """
         for calls, examples in self._together(sample):
-            entries = max(1, self.groups * self.d_in * self.d_out)
+            seen = (
+                part.numel() // max(1, examples)
+                for call in calls
+                for part in call
+                if part is not None
+            )
+            entries = max(1, self.groups * self.d_in * self.d_out, *seen)
             for span in _spans(examples, CHUNK_ENTRIES // entries):
                 parts = [self._gradients(x, g, examples, *span) for x, g in calls]
                 yield parts[0] if len(parts) == 1 else torch.stack(parts).sum(dim=0)
