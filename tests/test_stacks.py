@@ -56,6 +56,11 @@ def storages(tensors: list[Tensor]) -> int:
     return len({tensor.untyped_storage().data_ptr() for tensor in tensors})
 
 
+def check_near(found: list[Tensor], expected: list[Tensor]) -> None:
+    for p, q in zip(found, expected, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("options", [{}, {"kl_clip": 1e-3}, {"storage": torch.float32}], ids=str)
 @pytest.mark.parametrize("method", METHODS)
 def test_the_same_as_each_by_itself(
@@ -71,8 +76,7 @@ def test_the_same_as_each_by_itself(
     alone = build(method, model, **options)
     expected = train(alone, 7)
     assert storages(bases(alone)) == 7
-    for p, q in zip(found, expected, strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
+    check_near(found, expected)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -97,8 +101,7 @@ def test_settings_of_their_own(method: str, monkeypatch: pytest.MonkeyPatch) -> 
 
     found = trained()
     monkeypatch.setattr(blocks, "STACKED", 0)
-    for p, q in zip(found, trained(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
+    check_near(found, trained())
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -117,8 +120,7 @@ def test_layers_that_come_and_go(method: str, monkeypatch: pytest.MonkeyPatch) -
 
     found = trained()
     monkeypatch.setattr(blocks, "STACKED", 0)
-    for p, q in zip(found, trained(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
+    check_near(found, trained())
 
 
 @pytest.mark.parametrize("how", ["state_dict", "deepcopy", "pickle"])
