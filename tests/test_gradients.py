@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tekfac
+from harness import layer_of
 from tekfac import blocks, layers
-from tekfac.layers import Layer, Sample, kind_of
+from tekfac.layers import Layer, Sample
 
 LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "linear": (nn.Linear(4, 3), (4,)),
@@ -34,12 +35,6 @@ LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "one dimension": (nn.Conv1d(4, 6, 3, groups=2, stride=2), (4, 11)),
     "three dimensions": (nn.Conv3d(2, 3, 2, padding=1), (2, 3, 4, 2)),
 }
-
-
-def layer_of(module: nn.Module, *, weight: bool = True) -> Layer:
-    kind = kind_of(module)
-    assert kind is not None
-    return kind("layer", module, module.weight if weight else None, module.bias)  # type: ignore[arg-type]
 
 
 def truth(layer: Layer, x: Tensor, g: Tensor) -> Tensor:

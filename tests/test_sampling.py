@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tekfac
+from harness import layer_of
 from tekfac import blocks, sampling
-from tekfac.layers import Sample, kind_of
+from tekfac.layers import Sample
 
 METHODS = ("KFAC", "EKFAC", "TKFAC", "TEKFAC")
 RESCALED = ("EKFAC", "TEKFAC")
@@ -27,12 +28,6 @@ TOLERANCE = 1e-10
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let small layers be sampled, too."""
     monkeypatch.setattr(sampling, "SMALL", 0)
-
-
-def layer_of(module: nn.Module) -> Any:
-    kind = kind_of(module)
-    assert kind is not None
-    return kind("layer", module, module.weight, module.bias)
 
 
 def patches(module: nn.Conv2d, x: Tensor) -> Tensor:

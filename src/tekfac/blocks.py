@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any, ClassVar
 
@@ -477,11 +477,11 @@ class Stack:
         return list(natural.split_with_sizes([len(matrix) for matrix in matrices]))
 
     def _join(self) -> None:
-        bases = [block._require_basis() for block in self.blocks]
-        names = [field.name for field in fields(Basis)]
-        self._joined = Basis(*(torch.cat([getattr(b, name) for b in bases]) for name in names))
+        own = [vars(block._require_basis()).values() for block in self.blocks]
+        joined = [torch.cat(tensors) for tensors in zip(*own, strict=True)]
+        self._joined = Basis(*joined)
         groups = [block.groups for block in self.blocks]
-        parts = zip(*(getattr(self._joined, name).split(groups) for name in names), strict=True)
+        parts = zip(*(tensor.split(groups) for tensor in joined), strict=True)
         for block, part in zip(self.blocks, parts, strict=True):
             block.basis = Basis(*part)
         self._bases = [block.basis for block in self.blocks]

@@ -440,9 +440,10 @@ class ConvLayer(Layer):
         dtype = self._read_as(x, g)
         x, g = (part[first * per : last * per].to(dtype) for part in (x, g))
         rows = len(g)
-        padding = [before for before, _ in self._padding()]
-        if self.module.padding_mode != "zeros" or any(b != a for b, a in self._padding()):
-            x, padding = self._padded(x), [0] * len(padding)
+        sides = self._padding()
+        padding = [before for before, _ in sides]
+        if self.module.padding_mode != "zeros" or any(before != after for before, after in sides):
+            x, padding = self._padded(x), [0] * len(sides)
         assert self.weight is not None
         found = CONV_WEIGHT[len(padding)](
             x.reshape(1, -1, *x.shape[2:]),
@@ -498,15 +499,20 @@ class ConvLayer(Layer):
         full = self._padded_size(x)
         example, *places = _unravelled(seen, (len(x), *self._sizes(full)))
         pixels = (x if zeros else self._padded(x)).movedim(1, -1)
-        # Made where it is used: the device need not wait for the host.
-        kernel = zip(self.module.kernel_size, self.module.dilation, strict=True)
-        along = [torch.arange(0, size * step, step, device=x.device) for size, step in kernel]
-        offsets = [each.flatten() for each in torch.meshgrid(*along, indexing="ij")]
+        # `_offsets`, made where they are used: the device need not wait for the host.
+        kernel = self.module.kernel_size
+        entries = _unravelled(torch.arange(math.prod(kernel), device=x.device), kernel)
         index, inside = [example[:, None]], torch.ones((), dtype=torch.bool, device=x.device)
-        for place, stride, offset, first, size in zip(
-            places, self.module.stride, offsets, before, pixels.shape[1:-1], strict=True
+        for place, stride, entry, dilation, first, size in zip(
+            places,
+            self.module.stride,
+            entries,
+            self.module.dilation,
+            before,
+            pixels.shape[1:-1],
+            strict=True,
         ):
-            wanted = (place * stride - first)[:, None] + offset
+            wanted = (place * stride - first)[:, None] + entry * dilation
             index.append(wanted.clamp(0, size - 1))
             inside = inside & (index[-1] == wanted)
         found = torch.where(inside[..., None], pixels[tuple(index)], 0)
