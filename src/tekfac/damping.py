@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
@@ -77,6 +77,18 @@ def damping_of(
     number = rule.damping if isinstance(rule, FactoredDamping) else rule
     # A number too small for the block's precision must not become a division by 0.
     return max(number, torch.finfo(dtype).tiny)
+
+
+def packed_damping(rule: Damping) -> float | dict[str, float]:
+    """The rule as a ``state_dict`` holds it: numbers alone."""
+    return asdict(rule) if isinstance(rule, (TraceDamping, FactoredDamping)) else rule
+
+
+def unpacked_damping(state: float | dict[str, float]) -> Damping:
+    """The rule that `packed_damping` gave this."""
+    if not isinstance(state, dict):
+        return state
+    return TraceDamping(**state) if "nu" in state else FactoredDamping(**state)
 
 
 def check_damping(rule: object, *, trace_damping: bool, method: str) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tekfac.blocks import Block, Due, Stack
 from tekfac.capture import REENTRANT, Capture
 from tekfac.checks import check_count, check_decay, check_not_negative, check_positive
-from tekfac.damping import Damping, FactoredDamping, TraceDamping, check_damping
+from tekfac.damping import Damping, check_damping, packed_damping, unpacked_damping
 from tekfac.first_order import Adam, adam_step, decay_weights, multiply
 from tekfac.fisher import LIKELIHOODS, ExactFisher, Fisher, Likelihood, SampledFisher
 from tekfac.intervals import BASES, STATISTICS, decay_at, is_due
@@ -691,8 +691,7 @@ class NaturalGradient(torch.optim.Optimizer):
             own = {f"block.{name}": value for name, value in block.state_dict().items()}
             packed["state"][key] = {**packed["state"].get(key, {}), **own}
         for group in packed["param_groups"]:
-            if not isinstance(group["damping"], (int, float)):
-                group["damping"] = asdict(group["damping"])
+            group["damping"] = packed_damping(group["damping"])
         packed["tekfac"] = {
             "method": self._method,
             "blocks": self._layout(),
@@ -725,9 +724,7 @@ class NaturalGradient(torch.optim.Optimizer):
                 if name.startswith("block.")
             }
         for group in packed["param_groups"]:
-            if isinstance(group["damping"], dict):
-                rule = TraceDamping if "nu" in group["damping"] else FactoredDamping
-                group["damping"] = rule(**group["damping"])
+            group["damping"] = unpacked_damping(group["damping"])
         packed["state"] = {key: values for key, values in packed["state"].items() if values}
         super().load_state_dict(packed)
         index, group_of = self._index(), self._group_of()
