@@ -151,6 +151,11 @@ VARIANTS = {
     "SGD, lr 0.1": Variant("sgd", {"lr": 0.1, "momentum": 0.9}),
     "Adam, lr 3e-3": Variant("adam", {"lr": 3e-3, "beta1": 0.9}),
     "Nesterov's momentum": Variant(group={"nesterov": True}),
+    "weight decay 1": Variant(settings={"weight_decay": 1.0}),
+    "weight decay 1, Nesterov's momentum": Variant(
+        settings={"weight_decay": 1.0}, group={"nesterov": True}
+    ),
+    "SOAP, lr 1e-2, weight decay 0.3": Variant("soap", {"lr": 1e-2, "weight_decay": 0.3}),
     "no momentum, lr × 10": Variant(settings={"momentum": 0.0, "lr": 3e-2}),
     "trace damping, ν 10": Variant(settings={"nu": 10.0}),
     "SOAP, lr 2e-2, every step": Variant("soap", {"lr": 2e-2, "precondition_frequency": 1}),

@@ -144,13 +144,18 @@ def test_sampled_factors_of_equal_examples_are_those_of_the_whole_batch(
 
 
 @pytest.mark.usefixtures("always")
+@pytest.mark.parametrize(("every", "asked"), [(10, 2), (9, 3)])  # half of 3, rounded up
 @pytest.mark.parametrize("method", METHODS)
-def test_sampled_factors_are_moments_of_the_positions_read(method: str) -> None:
+def test_sampled_factors_are_moments_of_the_positions_read(
+    method: str, every: int, asked: int
+) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(4 * 16, 3))
     model.double()
     x, y = torch.randn(5, 2, 6, 6, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1])
-    optimizer = getattr(tekfac, method)(model, lr=0.0, fisher="empirical", factor_rows=2)
+    optimizer = getattr(tekfac, method)(
+        model, lr=0.0, fisher="empirical", factor_every=every, factor_rows=asked
+    )
     out = model[0](x).detach().requires_grad_()
     (g,) = torch.autograd.grad(F.cross_entropy(model[1:](out), y, reduction="sum"), out)
     F.cross_entropy(model(x), y).backward()
@@ -179,18 +184,19 @@ def test_sampled_factors_are_moments_of_the_positions_read(method: str) -> None:
 
 
 @pytest.mark.usefixtures("always")
+@pytest.mark.parametrize(("every", "asked"), [(10, 4), (1, 7)])  # half of 7, rounded up
 @pytest.mark.parametrize("steps", [1, 2])
 @pytest.mark.parametrize("fisher", ["exact", "empirical"])
 @pytest.mark.parametrize("method", RESCALED)
 def test_the_rescaling_is_measured_on_the_first_examples(
-    method: str, fisher: str, steps: int
+    method: str, fisher: str, steps: int, every: int, asked: int
 ) -> None:
     """``sum(S) = E‖D_n‖²`` over them; with a second step, in a basis that stays."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(27, 3)).double()
     x, y = torch.randn(7, 2, 5, 5, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1, 2, 0])
     optimizer = getattr(tekfac, method)(
-        model, lr=0.0, fisher=fisher, scale_examples=4, scale_every=1, scale_decay=0.0
+        model, lr=0.0, fisher=fisher, scale_examples=asked, scale_every=every, scale_decay=0.0
     )
     for _ in range(steps):
         optimizer.zero_grad()

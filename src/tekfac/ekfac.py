@@ -13,6 +13,7 @@ from tekfac.damping import Damping
 from tekfac.factors import KroneckerFactors
 from tekfac.intervals import STATISTICS
 from tekfac.optimizer import Common, NaturalGradient
+from tekfac.sampling import amount_at
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -42,8 +43,8 @@ class EKFAC(NaturalGradient):
         scale_every: steps between measurements of the rescaling.
         scale_decay: ε1 of (3.8), in [0, 1): the weight of the past.
         scale_examples: where it takes much work, examples of each batch, the first ones, that the
-            rescaling is measured on, in bfloat16 if that is faster (`tekfac.sampling`). None for
-            all, as they are.
+            rescaling is measured on, in bfloat16 if that is faster (`tekfac.sampling`). Half as
+            many if ``scale_every`` is below 10. None for all, as they are.
 
     All other arguments and errors: see `NaturalGradient`.
 
@@ -63,7 +64,7 @@ class EKFAC(NaturalGradient):
         damping: Damping = 1e-2,
         scale_every: int = 10,
         scale_decay: float = 0.95,
-        scale_examples: int | None = 32,
+        scale_examples: int | None = 16,
         **common: Unpack[Common],
     ) -> None:
         check_count("scale_every", scale_every)
@@ -76,7 +77,8 @@ class EKFAC(NaturalGradient):
 
     def _due(self, step: int) -> Due:
         scale = self._is_due(step, self.scale_every, STATISTICS)
-        return replace(super()._due(step), scale=scale, scale_examples=self.scale_examples)
+        examples = amount_at(self.scale_every, self.scale_examples)
+        return replace(super()._due(step), scale=scale, scale_examples=examples)
 
     def _decays(self) -> tuple[float, float]:
         return super()._decays()[0], self._decay(self.scale_every, self.scale_decay)

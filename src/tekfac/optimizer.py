@@ -27,6 +27,7 @@ from tekfac.first_order import Adam, adam_step, decay_weights, multiply
 from tekfac.fisher import LIKELIHOODS, ExactFisher, Fisher, Likelihood, SampledFisher
 from tekfac.intervals import BASES, STATISTICS, decay_at, is_due
 from tekfac.layers import assign, kind_of
+from tekfac.sampling import amount_at
 
 
 class Common(TypedDict, total=False):
@@ -104,7 +105,8 @@ class NaturalGradient(torch.optim.Optimizer):
         factor_rows: where a layer's factors take much work, inputs that they are estimated from in
             each batch, for each column of the input-side one: at evenly spread positions of every
             example, and multiplied as bfloat16 where the processor is made for that
-            (`tekfac.sampling`). None for all, as they are.
+            (`tekfac.sampling`). Half as many if ``factor_every`` is below 10. None for all, as
+            they are.
         rank: eigenvectors kept of a wide factor, one wider than three times that; the directions
             orthogonal to them share one eigenvalue, which keeps the trace. It bounds what memory,
             refreshes and preconditioning cost in wide layers. None for all eigenvectors always.
@@ -155,7 +157,7 @@ class NaturalGradient(torch.optim.Optimizer):
         basis_every: int = 100,
         interval_warmup: bool = True,
         factor_decay: float = 0.95,
-        factor_rows: int | None = 8,
+        factor_rows: int | None = 4,
         rank: int | None = 512,
         storage: torch.dtype | None = None,
         exclude: Sequence[str | type[nn.Module]] = (),
@@ -484,7 +486,8 @@ class NaturalGradient(torch.optim.Optimizer):
         """What is due in a step, counted from 0."""
         factors = self._is_due(step, self.factor_every, STATISTICS)
         basis = self._is_due(step, self.basis_every, BASES)
-        return Due(factors, scale=False, basis=basis, factor_rows=self.factor_rows)
+        rows = amount_at(self.factor_every, self.factor_rows)
+        return Due(factors, scale=False, basis=basis, factor_rows=rows)
 
     def _is_due(self, step: int, every: int, divisor: int) -> bool:
         return is_due(step, every, divisor if self.interval_warmup else None)

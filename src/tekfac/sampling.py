@@ -6,9 +6,10 @@ case, of an expectation, from one batch's examples; neighbouring positions of an
 the same, and the running average sees many batches. So where there is much work, factors read
 evenly spread positions of every example, as many as their size needs (the traces that weigh the
 examples are those of all positions), and the rescaling, which needs whole per-example gradients,
-the first examples of the batch. Both remain unbiased. There, float32 is also rounded to bfloat16
-before it is multiplied, on processors with units for that. Layers with little work are measured
-whole and as they are.
+the first examples of the batch. Both remain unbiased. Where they are measured more often than
+every ten steps, half as much of each batch serves an average as well. And float32 is rounded to
+bfloat16 there before it is multiplied, on processors with units for that. Layers with little work
+are measured whole and as they are.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from functools import cache
 
 import torch
 
+from tekfac.intervals import LONG
 from tekfac.layers import Layer, Sample
 from tekfac.statistics import rotation_costs
 
@@ -41,6 +43,16 @@ class Reading:
     examples: int
     stride: int = 1
     dtype: torch.dtype | None = None
+
+
+def amount_at(interval: int, amount: int | None) -> int | None:
+    """How many rows or examples a measurement is to read.
+
+    Args:
+        interval: steps between measurements.
+        amount: how many where these are ten or more; of shorter ones half. None for all, always.
+    """
+    return amount if amount is None or interval >= LONG else -(-amount // 2)
 
 
 def factor_reading(layer: Layer, sample: Sample, rows: int | None) -> Reading:

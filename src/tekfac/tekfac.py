@@ -54,7 +54,7 @@ class TEKFAC(EKFAC, TKFAC):
         fc_scale: float | str = "auto",
         scale_every: int = 10,
         scale_decay: float = 0.95,
-        scale_examples: int | None = 32,
+        scale_examples: int | None = 16,
         **common: Unpack[Common],
     ) -> None:
         # EKFAC's constructor passes what it does not know on to TKFAC's.
