@@ -69,6 +69,8 @@ class SideBySide:
             options["damping"] = tekfac.TraceDamping(nu=options["damping"].nu)
         if isinstance(options["damping"], reference.Factored):
             options["damping"] = tekfac.FactoredDamping(options["damping"].damping)
+        if isinstance(options["damping"], reference.Relative):
+            options["damping"] = tekfac.RelativeDamping(options["damping"].damping)
         every = {"factor_every": 1, "basis_every": 1}
         if method in RESCALED:
             every["scale_every"] = 1

@@ -327,6 +327,13 @@ class Factored:
     damping: float
 
 
+@dataclass(frozen=True)
+class Relative:
+    """λ in units of the curvature that a layer has with rows of norm 1, where they are longer."""
+
+    damping: float
+
+
 @dataclass
 class Optimizer:
     """Natural gradient by dense solves, for the curvature layers of ``model`` and nothing else."""
@@ -337,7 +344,7 @@ class Optimizer:
     momentum: float = 0.0
     nesterov: bool = False
     weight_decay: float = 0.0
-    damping: float | Trace | Factored = 1e-2
+    damping: float | Trace | Factored | Relative = 1e-2
     fc_scale: float | str = 1.0
     factor_every: int = 1
     scale_every: int = 1
@@ -356,6 +363,7 @@ class Optimizer:
             for name, layer in self.layers.items()
         }
         self.velocity: dict[str, Tensor] = {}
+        self.rows: dict[str, float] = {}
         self.steps = 0
 
     def step(self, x: Tensor, y: Tensor, loss: Loss, draws: Draws) -> None:
@@ -368,6 +376,10 @@ class Optimizer:
                     scale=self.steps % self.scale_every == 0,
                     basis=self.steps % self.basis_every == 0,
                 )
+        if self.steps % self.factor_every == 0:
+            for name, layer in self.layers.items():
+                rows = layer.weight.detach().flatten(1)
+                self.rows[name] = float(sum(row @ row for row in rows)) / len(rows)
         self.steps += 1
         value = loss(self.model(x), y)
         for name, layer in self.layers.items():
@@ -414,6 +426,8 @@ class Optimizer:
         if isinstance(self.damping, Trace):
             dim = sum(len(block.dense()) for block in self.blocks[name])
             return max(self.trace(name), self.damping.nu) / dim
+        if isinstance(self.damping, Relative):
+            return self.damping.damping / max(1.0, self.rows[name])
         return self.damping.damping if isinstance(self.damping, Factored) else self.damping
 
     def beta(self, name: str) -> float:

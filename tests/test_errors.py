@@ -228,10 +228,11 @@ def test_bad_nu(nu: float) -> None:
 
 
 @pytest.mark.parametrize("damping", [0, -1.0, NAN, INF])
-def test_bad_factored_damping(damping: float) -> None:
-    message = f"^FactoredDamping's damping must be positive and finite, got {damping}$"
+@pytest.mark.parametrize("rule", [tekfac.FactoredDamping, tekfac.RelativeDamping])
+def test_bad_damping_of_a_rule(rule: Callable[[float], object], damping: float) -> None:
+    message = f"^{rule.__name__}'s damping must be positive and finite, got {damping}$"
     with pytest.raises(ValueError, match=message):
-        tekfac.FactoredDamping(damping)
+        rule(damping)
 
 
 @pytest.mark.parametrize("variance", [0, -1.0, NAN, INF])

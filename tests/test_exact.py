@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 import reference
 import tekfac
-from harness import CONVOLUTIONAL, METHODS, NETWORKS, TOLERANCE, TRACED, SideBySide, batch, relative
-from reference import Factored, Trace
+from harness import (
+    CONVOLUTIONAL,
+    METHODS,
+    NETWORKS,
+    RESCALED,
+    TOLERANCE,
+    TRACED,
+    SideBySide,
+    batch,
+    relative,
+)
+from reference import Factored, Relative, Trace
 
 FISHERS = ["empirical", "exact"]
 # One ν that every trace is above, and one that none is.
@@ -69,6 +81,79 @@ def test_factored_damping_is_what_methods_without_rescaling_have_anyway() -> Non
         number, rule = (first_step("pooled", method, damping=d) for d in (1e-2, Factored(1e-2)))
         for p, q in zip(number.model.parameters(), rule.model.parameters(), strict=True):
             assert torch.equal(p, q)
+
+
+def with_long_rows(network: str) -> nn.Module:
+    """A first layer whose weight's rows are far longer than 1, and others that are shorter."""
+    torch.manual_seed(3)
+    model = NETWORKS[network]()
+    layers = [module for module in model if hasattr(module, "weight")]
+    with torch.no_grad():
+        for layer, norm in zip(layers, [3.0, 0.5, 1.5, 0.1], strict=False):
+            layer.weight.mul_(norm / layer.weight.flatten(1).norm(dim=1).mean())
+    return model
+
+
+@pytest.mark.parametrize("damping", [Relative(1e-6), Relative(1e-2), Relative(10.0)], ids=str)
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("method", METHODS)
+def test_relative_damping(method: str, network: str, damping: Relative) -> None:
+    pair = SideBySide(with_long_rows(network), method, damping=damping).step(*batch(network, 6))
+    pair.check_parameters()
+    pair.check_blocks()
+    dampings = [block.damping for block in pair.fast.blocks.values()]
+    assert min(dampings) < 0.2 * damping.damping
+    assert max(dampings) == pytest.approx(damping.damping)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_relative_damping_stays_as_it_is_between_statistics(method: str) -> None:
+    every = {"factor_every": 3, "basis_every": 3} | (
+        {"scale_every": 3} if method in RESCALED else {}
+    )
+    pair = SideBySide(with_long_rows("pooled"), method, damping=Relative(0.1), lr=0.05, **every)
+    for _ in range(5):
+        pair.step(*batch("pooled", 6))
+        pair.check_parameters()
+        pair.check_blocks()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_relative_damping_leaves_relative_steps_as_they_are(method: str) -> None:
+    """In front of a norm layer a weight ``c`` times as long takes steps ``c`` times as long."""
+    steps = []
+    for scale in (1.0, 7.0):
+        torch.manual_seed(3)
+        model = nn.Sequential(
+            nn.Conv2d(2, 4, 3, bias=False), nn.BatchNorm2d(4, eps=1e-12), nn.ReLU(),
+            nn.Flatten(), nn.Linear(64, 3),
+        ).double()  # fmt: skip
+        weight = model[0].weight
+        with torch.no_grad():
+            weight.mul_(3 * scale / weight.flatten(1).norm(dim=1).mean())
+        before = weight.detach().clone()
+        damping = tekfac.RelativeDamping(0.03)
+        optimizer = getattr(tekfac, method)(model, lr=0.1, damping=damping, fisher="exact")
+        x, y = batch("pooled", 6)
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        steps.append((weight.detach() - before) / scale)
+        # Damping and curvature both have a say.
+        values = optimizer.blocks["0"].eigenvalues
+        assert values.max() > optimizer.blocks["0"].damping > values.min()
+    assert relative(steps[1], steps[0]) < TOLERANCE
+
+
+def test_layers_that_start_from_zero_can_leave_it() -> None:
+    torch.manual_seed(3)
+    model = NETWORKS["mlp"]()
+    nn.init.zeros_(model[-1].weight)
+    optimizer = tekfac.TEKFAC(model, damping=tekfac.RelativeDamping(1e-2))
+    x, y = batch("mlp", 6)
+    F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    assert optimizer.blocks["4"].damping == pytest.approx(1e-2)
+    assert model[-1].weight.abs().min() > 0
 
 
 @pytest.mark.parametrize("damping", [1e-2, Trace(1e-2), Factored(1e-2)], ids=str)

@@ -51,6 +51,8 @@ def build(method: str, model: nn.Module, fisher: str = "mc") -> tekfac.NaturalGr
         options |= {"damping": tekfac.TraceDamping(nu=0.3)}
     if method == "EKFAC":
         options |= {"damping": tekfac.FactoredDamping(0.02)}
+    if method == "KFAC":
+        options |= {"damping": tekfac.RelativeDamping(0.02)}
     if fisher == "generator":
         options["generator"] = torch.Generator().manual_seed(5)
     options["fisher"] = "empirical" if fisher == "empirical" else "mc"

@@ -30,9 +30,9 @@ from tekfac.experiments.training import BatchProgress, Training, Watcher, evalua
 # Intervals that divide neither an epoch's 4 batches nor one another.
 INTERVALS = {"factor_every": 3, "basis_every": 5}
 SETTINGS: dict[str, dict[str, Any]] = {
-    "sgd": {"weight_decay": 1e-3},
+    "sgd": {"nesterov": True, "weight_decay": 1e-3},
     "adam": {"weight_decay": 1e-3},
-    "kfac": {"damping": 0.3, **INTERVALS},
+    "kfac": {"relative_damping": 0.3, "nesterov": True, **INTERVALS},
     "ekfac": {"damping": 0.3, "scale_every": 2, **INTERVALS},
     "tkfac": {"lr": 1e-3, "nu": 10.0, **INTERVALS},
     "tekfac": {"lr": 1e-3, "nu": 10.0, "scale_every": 2, **INTERVALS},
@@ -665,14 +665,34 @@ def test_trace_damping_takes_the_place_of_constant_damping() -> None:
     assert "damping" not in settings
 
 
-def test_factored_damping_takes_the_place_of_the_other_kinds(data: Dataset) -> None:
+def test_rules_take_the_place_of_the_other_kinds_of_damping(data: Dataset) -> None:
     network = networks.build("mlp", data.image_shape, data.classes)
     for name in ("ekfac", "tekfac"):
         settings = optimizers.resolve(name, {"factored_damping": 0.1})
         optimizer = optimizers.build(name, network, settings, torch.Generator())
         assert optimizer.param_groups[0]["damping"] == tekfac.FactoredDamping(0.1)
-    grid = searching.paper_grid("tekfac", {"factored_damping": 0.1})
-    assert grid.keys() == {"lr"}
+    for name in ("kfac", "ekfac", "tkfac", "tekfac"):
+        settings = optimizers.resolve(name, {"relative_damping": 0.1})
+        optimizer = optimizers.build(name, network, settings, torch.Generator())
+        assert optimizer.param_groups[0]["damping"] == tekfac.RelativeDamping(0.1)
+    for setting in ("factored_damping", "relative_damping"):
+        assert searching.paper_grid("tekfac", {setting: 0.1}).keys() == {"lr"}
+
+
+def test_nesterov(data: Dataset) -> None:
+    network = networks.build("mlp", data.image_shape, data.classes)
+    for name in ("sgd", "kfac", "ekfac", "tkfac", "tekfac"):
+        for nesterov in (True, False):
+            settings = optimizers.resolve(name, {"nesterov": nesterov})
+            optimizer = optimizers.build(name, network, settings, torch.Generator())
+            assert optimizer.param_groups[0]["nesterov"] is nesterov
+        settings = optimizers.resolve(name, {"nesterov": True, "momentum": 0.0})
+        with pytest.raises(InputError, match=f"^{name}: (?i:nesterov)"):
+            optimizers.build(name, network, settings, torch.Generator())
+    grid = searching.read_grid(["nesterov=true,false,true"], "sgd")
+    assert grid == {"nesterov": [True, False]}
+    with pytest.raises(InputError, match="values of type bool"):
+        searching.read_grid(["nesterov=1"], "sgd")
 
 
 def test_schedules() -> None:

@@ -5,7 +5,7 @@
 and the training loop stays as it is.
 """
 
-from tekfac.damping import FactoredDamping, TraceDamping
+from tekfac.damping import FactoredDamping, RelativeDamping, TraceDamping
 from tekfac.ekfac import EKFAC
 from tekfac.first_order import Adam
 from tekfac.fisher import Bernoulli, Categorical, Gaussian, Likelihood
@@ -28,5 +28,6 @@ __all__ = [
     "Gaussian",
     "Likelihood",
     "NaturalGradient",
+    "RelativeDamping",
     "TraceDamping",
 ]

@@ -165,6 +165,7 @@ class Block(ABC):
         self.fc_scale: Tensor | float = 1.0
         """β of the paper: the block is this times the layer's Fisher matrix."""
         self.due = Due()
+        self._row_norm = layer.row_norm
         self._damping_kept: tuple[object, object, Tensor, Tensor] | None = None
         self.silent = False
         """Measured, and found to get no gradient at all, before there was any estimate."""
@@ -315,6 +316,7 @@ class Block(ABC):
         """
         examples = self._examples
         if examples or self.due.basis:
+            self._row_norm = self.layer.row_norm
             self._damping_kept = None
         scale = float(examples) if gradient_scale is None else gradient_scale
         used: Tensor | bool = True
@@ -348,8 +350,7 @@ class Block(ABC):
         state = {f"factor.{name}": value for name, value in self.factors.state_dict().items()}
         if self.basis is not None:
             state |= {f"basis.{name}": value for name, value in vars(self.basis).items()}
-        state["silent"] = torch.tensor(self.silent)
-        return state
+        return state | {"row_norm": self._row_norm, "silent": torch.tensor(self.silent)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take over what `state_dict` gave, in copies on the layer's device and as kept here."""
@@ -359,6 +360,7 @@ class Block(ABC):
         basis = _under(state, "basis.")
         self.factors.load_state_dict(_under(state, "factor."), basis)
         self.basis = Basis(**basis) if basis else None
+        self._row_norm = state["row_norm"]
         self.silent = bool(state["silent"])
 
     def _adopted(self, name: str, value: Tensor) -> Tensor:
@@ -436,7 +438,7 @@ class Block(ABC):
             return self.fc_scale * self.fisher_trace()
 
         dtype = self._require_basis().input_values.dtype
-        return damping_of(self.group["damping"], trace, self.dim, dtype)
+        return damping_of(self.group["damping"], trace, self._row_norm, self.dim, dtype)
 
     def _require_basis(self) -> Basis:
         if self.empty or self.basis is None:

@@ -126,6 +126,13 @@ class Layer(ABC):
         return wide(self.parameters[0].dtype)
 
     @property
+    def row_norm(self) -> Tensor:
+        """Mean squared norm of the rows of the module's weight, 0-dimensional."""
+        weight: Tensor = self.module.weight  # type: ignore[assignment]
+        norm: Tensor = torch.linalg.vector_norm(weight.detach(), dtype=self.dtype)
+        return norm.square() / len(weight)
+
+    @property
     def shape(self) -> tuple[int, int]:
         """Shape of ``W``: all groups' rows, and columns."""
         return (self.groups * self.d_out, self.d_in)

@@ -75,9 +75,9 @@ class NaturalGradient(torch.optim.Optimizer):
         momentum: μ, in [0, 1). 0 keeps no buffer.
         nesterov: step along ``(F̂ + λ I)⁻¹ ∇h + momentum · v`` instead of ``v``.
         weight_decay: decoupled, not negative.
-        damping: λ, a positive float, or a `FactoredDamping`, which makes a difference to EKFAC and
-            TEKFAC; TKFAC and TEKFAC take a `TraceDamping` too. The default was
-            chosen with the default ``lr`` on three tasks (benchmarks/README.md): ``lr / damping``
+        damping: λ, a positive float, or a rule: `RelativeDamping`, which follows the size of each
+            layer's weights, `FactoredDamping`, which makes a difference to EKFAC and TEKFAC, or, of
+            TKFAC and TEKFAC, `TraceDamping`. The default was chosen with the default ``lr`` on three tasks (benchmarks/README.md): ``lr / damping``
             is the step in directions without curvature.
         fisher: labels for the statistics. "mc": drawn from the model's predictive distribution
             (paper, 2.1). "exact": the expectation over all labels, one extra backward pass per

@@ -215,6 +215,14 @@ Seed = Annotated[
 ]
 Lr = Annotated[float | None, typer.Option(help="Learning rate.", rich_help_panel=METHOD)]
 Momentum = Annotated[float | None, typer.Option(rich_help_panel=METHOD)]
+Nesterov = Annotated[
+    bool | None,
+    typer.Option(
+        "--nesterov/--no-nesterov",
+        help="Nesterov's form of the momentum. (default: no)",
+        rich_help_panel=METHOD,
+    ),
+]
 Beta1 = Annotated[
     float | None,
     typer.Option("--beta1", help="Decay of Adam's mean of gradients.", rich_help_panel=METHOD),
@@ -229,6 +237,13 @@ FactoredDamping = Annotated[
     float | None,
     typer.Option(
         help="λ of KFAC's factored damping, for EKFAC and TEKFAC too.", rich_help_panel=METHOD
+    ),
+]
+RelativeDamping = Annotated[
+    float | None,
+    typer.Option(
+        help="λ, less where a layer's weights have grown (KFAC, EKFAC, TKFAC, TEKFAC).",
+        rich_help_panel=METHOD,
     ),
 ]
 TensorBoard = Annotated[
@@ -284,11 +299,13 @@ SCHEDULE_OPTIONS = ("warmup", "step_every", "step_factor")
 SETTING_OPTIONS = (
     "lr",
     "momentum",
+    "nesterov",
     "beta1",
     "weight_decay",
     "damping",
     "nu",
     "factored_damping",
+    "relative_damping",
     "fisher",
     "factor_every",
     "scale_every",
@@ -336,11 +353,13 @@ def train(
     seed: Seed = None,
     lr: Lr = None,
     momentum: Momentum = None,
+    nesterov: Nesterov = None,
     beta1: Beta1 = None,
     weight_decay: WeightDecay = None,
     damping: Damping = None,
     nu: Nu = None,
     factored_damping: FactoredDamping = None,
+    relative_damping: RelativeDamping = None,
     fisher: Fisher = None,
     factor_every: FactorEvery = None,
     scale_every: ScaleEvery = None,
@@ -455,11 +474,13 @@ def compare(
         ),
     ] = None,
     momentum: Momentum = None,
+    nesterov: Nesterov = None,
     beta1: Beta1 = None,
     weight_decay: WeightDecay = None,
     damping: Damping = None,
     nu: Nu = None,
     factored_damping: FactoredDamping = None,
+    relative_damping: RelativeDamping = None,
     fisher: Fisher = None,
     factor_every: FactorEvery = None,
     scale_every: ScaleEvery = None,
@@ -578,11 +599,13 @@ def search(
     ] = None,
     lr: Lr = None,
     momentum: Momentum = None,
+    nesterov: Nesterov = None,
     beta1: Beta1 = None,
     weight_decay: WeightDecay = None,
     damping: Damping = None,
     nu: Nu = None,
     factored_damping: FactoredDamping = None,
+    relative_damping: RelativeDamping = None,
     fisher: Fisher = None,
     factor_every: FactorEvery = None,
     scale_every: ScaleEvery = None,

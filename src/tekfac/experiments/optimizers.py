@@ -105,16 +105,23 @@ def _check(settings: Settings) -> None:
             check_not_negative(key, value)
 
 
+# Settings that take the place of `damping`, the constant.
+DAMPING_RULES = {
+    "nu": tekfac.TraceDamping,
+    "factored_damping": tekfac.FactoredDamping,
+    "relative_damping": tekfac.RelativeDamping,
+}
+
+
 def _natural_gradient(
     optimizer: Callable[..., Optimizer],
 ) -> Callable[[nn.Module, Settings, torch.Generator], Optimizer]:
     def build(network: nn.Module, settings: Settings, generator: torch.Generator) -> Optimizer:
         options = dict(settings)
         options["first_order"] = tekfac.Adam(lr=options.pop("first_order_lr"))
-        if "nu" in options:
-            options["damping"] = tekfac.TraceDamping(options.pop("nu"))
-        if "factored_damping" in options:
-            options["damping"] = tekfac.FactoredDamping(options.pop("factored_damping"))
+        for setting, rule in DAMPING_RULES.items():
+            if setting in options:
+                options["damping"] = rule(options.pop(setting))
         if options["fisher"] == "mc":
             options["generator"] = generator
         return optimizer(network, **options)
@@ -122,10 +129,15 @@ def _natural_gradient(
     return build
 
 
+def _replacing_damping(*settings: str) -> dict[str, str]:
+    return dict.fromkeys(settings, "damping")
+
+
 # `first_order_lr` is that of all parameters without a curvature block, e.g. of norm layers. In the
 # digits' networks there are none, so that it is the optimizers' own default, not a tuned one.
 NATURAL_GRADIENT: Settings = {
     "momentum": 0.9,
+    "nesterov": False,
     "weight_decay": 0.0,
     "fisher": "mc",
     "factor_every": 10,
@@ -145,30 +157,33 @@ NATURAL_GRADIENT: Settings = {
 # and beta2 (0.99, 0.999), for the others 10 pairs each of lr (1e-4, 3e-4, 1e-3) and damping (1e-4
 # to 3e-3), around the best of 32 pairs with an earlier rule for the averages.
 METHODS: dict[str, Method] = {
-    "sgd": Method("SGD", {"lr": 0.1, "momentum": 0.8, "weight_decay": 0.0}, _sgd),
+    "sgd": Method(
+        "SGD", {"lr": 0.1, "momentum": 0.8, "nesterov": False, "weight_decay": 0.0}, _sgd
+    ),
     "adam": Method("Adam", {"lr": 1.5e-2, "beta1": 0.8, "weight_decay": 0.0}, _adam),
     "kfac": Method(
         "KFAC",
         {"lr": 3e-4, "damping": 3e-4, **NATURAL_GRADIENT},
         _natural_gradient(tekfac.KFAC),
+        _replacing_damping("relative_damping"),
     ),
     "ekfac": Method(
         "EKFAC",
         {"lr": 1e-4, "damping": 1e-4, **NATURAL_GRADIENT, "scale_every": 10},
         _natural_gradient(tekfac.EKFAC),
-        {"factored_damping": "damping"},
+        _replacing_damping("factored_damping", "relative_damping"),
     ),
     "tkfac": Method(
         "TKFAC",
         {"lr": 3e-4, "damping": 3e-4, **NATURAL_GRADIENT},
         _natural_gradient(tekfac.TKFAC),
-        {"nu": "damping"},
+        _replacing_damping("nu", "relative_damping"),
     ),
     "tekfac": Method(
         "TEKFAC",
         {"lr": 1e-4, "damping": 1e-4, **NATURAL_GRADIENT, "scale_every": 10},
         _natural_gradient(tekfac.TEKFAC),
-        {"nu": "damping", "factored_damping": "damping"},
+        _replacing_damping(*DAMPING_RULES),
     ),
     # Their packages' or authors' defaults, not tuned for the digits.
     "soap": Method(

@@ -59,6 +59,8 @@ PAPER_GRIDS: Mapping[str, tuple[float, ...]] = {
     "nu": (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0),
 }
 
+BOOLEANS = {"true": True, "false": False}
+
 Point = Mapping[str, Any]
 Grid = Mapping[str, Sequence[Any]]
 
@@ -83,9 +85,10 @@ def read_grid(texts: Sequence[str], method: str) -> Grid:
         if key in grid:
             raise InputError(f"--grid {text!r}: {key} is there twice; give all its values at once")
         kind = type(defaults[alternatives.get(key, key)])
+        read = BOOLEANS.__getitem__ if kind is bool else kind
         try:
-            grid[key] = list(dict.fromkeys(kind(value.strip()) for value in values.split(",")))
-        except ValueError:
+            grid[key] = list(dict.fromkeys(read(value.strip()) for value in values.split(",")))
+        except (ValueError, KeyError):
             raise InputError(
                 f"--grid {text!r} must be SETTING=VALUE,... with values of type {kind.__name__}"
             ) from None
