@@ -77,8 +77,9 @@ class NaturalGradient(torch.optim.Optimizer):
         weight_decay: decoupled, not negative.
         damping: λ, a positive float, or a rule: `RelativeDamping`, which follows the size of each
             layer's weights, `FactoredDamping`, which makes a difference to EKFAC and TEKFAC, or, of
-            TKFAC and TEKFAC, `TraceDamping`. The default was chosen with the default ``lr`` on three tasks (benchmarks/README.md): ``lr / damping``
-            is the step in directions without curvature.
+            TKFAC and TEKFAC, `TraceDamping`. The default was chosen with the default ``lr`` on
+            three tasks (benchmarks/README.md): ``lr / damping`` is the step in directions without
+            curvature.
         fisher: labels for the statistics. "mc": drawn from the model's predictive distribution
             (paper, 2.1). "exact": the expectation over all labels, one extra backward pass per
             class. "empirical": the data's own labels and the user's own loss, which is another

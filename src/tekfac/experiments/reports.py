@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from tekfac.experiments import plots, searching
 from tekfac.experiments.comparison import mean_and_deviation
@@ -254,6 +254,11 @@ def _differences(work: Reproduction) -> str:
             f"Searches of {trials} trials at most, where the paper's grids have up to {max(sizes)} "
             "points; it does not say how many of them it tried."
         )
+    nesterov = dict.fromkeys(
+        cell.variant.label for cell in work.cells if cell.base.settings.get("nesterov")
+    )
+    if nesterov:
+        sentences.append(f"With Nesterov's momentum, which the paper has not: {_words(nesterov)}.")
     absent = [task for task in full.protocols if task not in experiment.protocols]
     known = any(task in full.protocols for task in experiment.protocols)
     if known and absent and experiment.table == "table3":
@@ -297,6 +302,11 @@ def _schedule(config: Config) -> str:
     schedule = config.schedule
     text = f"{schedule.name} schedule"
     return f"{text} with {schedule.warmup:g} epochs of warm-up" if schedule.warmup else text
+
+
+def _words(names: Iterable[str]) -> str:
+    *others, last = names
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def _count(number: int, noun: str) -> str:
