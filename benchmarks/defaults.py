@@ -5,7 +5,8 @@
 trains each method with the optimizers' own intervals (10, 10, 100) and decays, with a fifth of the
 training images held out (at most 2000; the test images play no part), and prints a Markdown table
 of the held-out loss and accuracy. ``--rule nu`` tries trace damping (TKFAC, TEKFAC) in place of a
-constant, ``--rule factored_damping`` factored damping (EKFAC, TEKFAC).
+constant, ``--rule factored_damping`` factored damping (EKFAC, TEKFAC), ``--rule relative_damping``
+relative damping.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ DAMPINGS = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 RULES = {
     "damping": DAMPINGS,
     "factored_damping": DAMPINGS,
+    "relative_damping": DAMPINGS,
     "nu": (1e-2, 1e-1, 1.0, 10.0, 100.0),
 }
 INTERVALS = {"factor_every": 10, "basis_every": 100}

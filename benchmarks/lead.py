@@ -98,7 +98,6 @@ class Variant:
         optimizer: a name of ``optimizers.METHODS``.
         settings: in place of `NATURAL`'s, where the method has them.
         attributes: of the optimizer itself, set before the first step.
-        group: settings of its parameter groups.
         schedule: the learning rate's.
         block: in place of the method's own.
         memory: of `tekfac.intervals`; 0 for averages with the same decay from the first step.
@@ -107,7 +106,6 @@ class Variant:
     optimizer: str = "tekfac"
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     attributes: dict[str, Any] = dataclasses.field(default_factory=dict)
-    group: dict[str, Any] = dataclasses.field(default_factory=dict)
     schedule: Schedule = SCHEDULE
     block: type[Block] | None = None
     memory: int = intervals.MEMORY
@@ -122,6 +120,13 @@ VARIANTS = {
     "factored damping 3e-4": Variant(settings={"factored_damping": 3e-4}),
     "factored damping 1e-3": Variant(settings={"factored_damping": 1e-3}),
     "factored damping 1e-4": Variant(settings={"factored_damping": 1e-4}),
+    "relative damping 2e-3": Variant(settings={"relative_damping": 2e-3}),
+    "relative damping 2e-3, Nesterov's momentum": Variant(
+        settings={"relative_damping": 2e-3, "nesterov": True}
+    ),
+    "TKFAC, relative damping 2e-3, Nesterov's momentum": Variant(
+        "tkfac", {"relative_damping": 2e-3, "nesterov": True}
+    ),
     "TKFAC with λ added to its eigenvalues": Variant("tkfac", block=PlainBlock),
     "λ 3e-4, lr 1e-3": Variant(settings={"lr": 1e-3, "damping": 3e-4}),
     "averages with decay 0.95 from the first step": Variant(memory=0),
@@ -150,10 +155,10 @@ VARIANTS = {
     "no warm-up of the learning rate": Variant(schedule=Schedule("cosine")),
     "SGD, lr 0.1": Variant("sgd", {"lr": 0.1, "momentum": 0.9}),
     "Adam, lr 3e-3": Variant("adam", {"lr": 3e-3, "beta1": 0.9}),
-    "Nesterov's momentum": Variant(group={"nesterov": True}),
+    "Nesterov's momentum": Variant(settings={"nesterov": True}),
     "weight decay 1": Variant(settings={"weight_decay": 1.0}),
     "weight decay 1, Nesterov's momentum": Variant(
-        settings={"weight_decay": 1.0}, group={"nesterov": True}
+        settings={"weight_decay": 1.0, "nesterov": True}
     ),
     "SOAP, lr 1e-2, weight decay 0.3": Variant("soap", {"lr": 1e-2, "weight_decay": 0.3}),
     "no momentum, lr × 10": Variant(settings={"momentum": 0.0, "lr": 3e-2}),
@@ -189,8 +194,6 @@ def trained(variant: Variant, task: Config, data: Any) -> list[str]:
         if not hasattr(training.optimizer, name):
             raise AttributeError(f"{variant.optimizer} has no {name}")
         setattr(training.optimizer, name, value)
-    for group in training.optimizer.param_groups:
-        group.update(variant.group)
     start = time.process_time()
     try:
         with mock.patch.object(intervals, "MEMORY", variant.memory):

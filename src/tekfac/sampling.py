@@ -99,4 +99,4 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     """Whether products in bfloat16 are several times as fast as in float32 there."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    return device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
