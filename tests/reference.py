@@ -329,7 +329,7 @@ class Factored:
 
 @dataclass(frozen=True)
 class Relative:
-    """λ in units of the curvature that a layer has with rows of norm 1, where they are longer."""
+    """The same with λ by the mean squared norm of the weight's rows, where that is above 1."""
 
     damping: float
 
@@ -409,7 +409,7 @@ class Optimizer:
 
     def damped(self, name: str) -> list[Tensor]:
         lam, beta = self.damping_of(name), self.beta(name)
-        factored = isinstance(self.damping, Factored)
+        factored = isinstance(self.damping, (Factored, Relative))
         return [block.damped(lam, beta, factored) for block in self.blocks[name]]
 
     def dense(self, name: str) -> Tensor:

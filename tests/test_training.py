@@ -695,6 +695,18 @@ def test_nesterov(data: Dataset) -> None:
         searching.read_grid(["nesterov=1"], "sgd")
 
 
+def test_scale_of_fully_connected_layers(data: Dataset) -> None:
+    network = networks.build("mlp", data.image_shape, data.classes)
+    for name in ("tkfac", "tekfac"):
+        for given, expected in ({}, "auto"), ({"fc_scale": "auto"}, "auto"), ({"fc_scale": "4"}, 4):
+            settings = optimizers.resolve(name, given)
+            optimizer = optimizers.build(name, network, settings, torch.Generator())
+            assert optimizer.fc_scale == expected
+        settings = optimizers.resolve(name, {"fc_scale": "steep"})
+        with pytest.raises(InputError, match=f"^{name}: fc_scale must be .* got 'steep'$"):
+            optimizers.build(name, network, settings, torch.Generator())
+
+
 def test_schedules() -> None:
     def factors(schedule: Schedule, epochs: int) -> list[float]:
         return [schedule.factor(step, 2, epochs) for step in range(2 * epochs)]

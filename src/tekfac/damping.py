@@ -56,20 +56,20 @@ class FactoredDamping:
     damping: float
 
     def __post_init__(self) -> None:
-        check_positive("FactoredDamping's damping", self.damping)
+        check_positive(f"{type(self).__name__}'s damping", self.damping)
 
 
 @dataclass(frozen=True)
-class RelativeDamping:
-    """Damping that falls as a layer's weights grow.
+class RelativeDamping(FactoredDamping):
+    """Factored damping that falls as a layer's weights grow.
 
     Layer ``l`` gets ``λ_l = λ / max(1, w_l)``, with ``w_l = ‖W_l‖² / d_out`` the mean squared norm
     of its weight's rows, 2 in a freshly He-initialised layer. In front of a norm layer only the
     direction of ``W_l`` matters: with weights ``c`` times as large gradients are ``1/c`` and
     curvature ``1/c²`` times as large, so that a constant λ, as the weights grow, comes to outweigh
-    all curvature, and relative steps shrink with ``1/c²``. With this λ they stay the same. It is
-    the paper's damping (3.4) with another λ in each layer; that this serves convolutional networks
-    with batch normalisation better is our finding (results/README.md).
+    all curvature, and relative steps shrink with ``1/c²``. With this λ they stay the same. That
+    it serves convolutional networks with batch normalisation better is our finding
+    (results/README.md).
 
     Weights with rows shorter than 1 are damped by λ itself, so that layers that start from zero can
     leave it. ``w_l`` is measured along with the layer's statistics.
@@ -80,11 +80,6 @@ class RelativeDamping:
     Raises:
         ValueError: if ``damping`` is not a positive finite number.
     """
-
-    damping: float
-
-    def __post_init__(self) -> None:
-        check_positive("RelativeDamping's damping", self.damping)
 
 
 Rule = TraceDamping | FactoredDamping | RelativeDamping
@@ -147,7 +142,7 @@ def check_damping(rule: object, *, trace_damping: bool, method: str) -> None:
                 "give damping as a positive float, e.g. damping=1e-3"
             )
         return
-    if isinstance(rule, (FactoredDamping, RelativeDamping)):
+    if isinstance(rule, FactoredDamping):
         return
     if isinstance(rule, bool) or not isinstance(rule, (int, float)):
         kinds = "a positive float, " + ("tekfac.TraceDamping, " if trace_damping else "")

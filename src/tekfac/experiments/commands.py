@@ -242,7 +242,15 @@ FactoredDamping = Annotated[
 RelativeDamping = Annotated[
     float | None,
     typer.Option(
-        help="λ, less where a layer's weights have grown (KFAC, EKFAC, TKFAC, TEKFAC).",
+        help="λ of factored damping, less where a layer's weights have grown.",
+        rich_help_panel=METHOD,
+    ),
+]
+FcScale = Annotated[
+    str | None,
+    typer.Option(
+        help="β of fully-connected layers behind convolutions (TKFAC, TEKFAC): auto, or a number; "
+        "above 1 they take smaller steps. (default: auto)",
         rich_help_panel=METHOD,
     ),
 ]
@@ -306,6 +314,7 @@ SETTING_OPTIONS = (
     "nu",
     "factored_damping",
     "relative_damping",
+    "fc_scale",
     "fisher",
     "factor_every",
     "scale_every",
@@ -360,6 +369,7 @@ def train(
     nu: Nu = None,
     factored_damping: FactoredDamping = None,
     relative_damping: RelativeDamping = None,
+    fc_scale: FcScale = None,
     fisher: Fisher = None,
     factor_every: FactorEvery = None,
     scale_every: ScaleEvery = None,
@@ -481,6 +491,7 @@ def compare(
     nu: Nu = None,
     factored_damping: FactoredDamping = None,
     relative_damping: RelativeDamping = None,
+    fc_scale: FcScale = None,
     fisher: Fisher = None,
     factor_every: FactorEvery = None,
     scale_every: ScaleEvery = None,
@@ -606,6 +617,7 @@ def search(
     nu: Nu = None,
     factored_damping: FactoredDamping = None,
     relative_damping: RelativeDamping = None,
+    fc_scale: FcScale = None,
     fisher: Fisher = None,
     factor_every: FactorEvery = None,
     scale_every: ScaleEvery = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import math
 import warnings
@@ -122,6 +123,10 @@ def _natural_gradient(
         for setting, rule in DAMPING_RULES.items():
             if setting in options:
                 options["damping"] = rule(options.pop(setting))
+        if "fc_scale" in options:
+            # "auto" stays what it is, and whatever else is no number is the optimizer's to refuse.
+            with contextlib.suppress(ValueError):
+                options["fc_scale"] = float(options["fc_scale"])
         if options["fisher"] == "mc":
             options["generator"] = generator
         return optimizer(network, **options)
@@ -175,13 +180,19 @@ METHODS: dict[str, Method] = {
     ),
     "tkfac": Method(
         "TKFAC",
-        {"lr": 3e-4, "damping": 3e-4, **NATURAL_GRADIENT},
+        {"lr": 3e-4, "damping": 3e-4, **NATURAL_GRADIENT, "fc_scale": "auto"},
         _natural_gradient(tekfac.TKFAC),
         _replacing_damping("nu", "relative_damping"),
     ),
     "tekfac": Method(
         "TEKFAC",
-        {"lr": 1e-4, "damping": 1e-4, **NATURAL_GRADIENT, "scale_every": 10},
+        {
+            "lr": 1e-4,
+            "damping": 1e-4,
+            **NATURAL_GRADIENT,
+            "scale_every": 10,
+            "fc_scale": "auto",
+        },
         _natural_gradient(tekfac.TEKFAC),
         _replacing_damping(*DAMPING_RULES),
     ),
