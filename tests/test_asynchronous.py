@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import tekfac
 from harness import METHODS
-from tekfac import TraceDamping, sampling
+from tekfac import RelativeDamping, TraceDamping, sampling
 
 FISHERS = ["mc", "exact", "empirical"]
 # Operators whose result, or its size, the host has to read from the device.
@@ -110,8 +110,8 @@ def test_only_a_refresh_of_the_basis_reads_from_the_device(
         monkeypatch.setattr(sampling, "SMALL", 0)
         monkeypatch.setattr(sampling, "multiplies_bfloat16", lambda device: True)
         options |= {"factor_rows": 1, "rank": 3, "storage": torch.bfloat16}
-    if method in ("TKFAC", "TEKFAC"):
-        options["damping"] = TraceDamping()
+    traced = method in ("TKFAC", "TEKFAC")
+    options["damping"] = TraceDamping() if traced else RelativeDamping(1e-2)
     optimizer = build(method, model, fisher=fisher, **options)
     with Waits() as first:
         train(model, optimizer, range(1))

@@ -96,7 +96,7 @@ def test_settings_of_their_own(method: str, monkeypatch: pytest.MonkeyPatch) -> 
         optimizer = build(method, model, params=groups, interval_warmup=False)
         train(optimizer, 2)
         optimizer.param_groups[1]["damping"] = tekfac.FactoredDamping(0.3)
-        optimizer.param_groups[2]["damping"] = tekfac.FactoredDamping(0.3)
+        optimizer.param_groups[2]["damping"] = tekfac.RelativeDamping(0.3)
         return train(optimizer, 3, skip=2)
 
     found = trained()

@@ -316,7 +316,6 @@ class Block(ABC):
         """
         examples = self._examples
         if examples or self.due.basis:
-            self._row_norm = self.layer.row_norm
             self._damping_kept = None
         scale = float(examples) if gradient_scale is None else gradient_scale
         used: Tensor | bool = True
@@ -333,6 +332,11 @@ class Block(ABC):
             # What the factors could not use is not used here either.
             usable = used if isinstance(used, Tensor) else usable
             used = self._rescale(scale, scale_decay, usable)
+        if examples and used is not False:
+            norm = self.layer.row_norm
+            if isinstance(used, Tensor):
+                norm = torch.where(used.to(norm.device), norm, self._row_norm)
+            self._row_norm = norm
         self.discard()
         return Report(used, failed)
 
