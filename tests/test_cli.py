@@ -57,7 +57,7 @@ def test_options_reach_the_configuration() -> None:
     options += "--weight-decay 0.01 --damping 0.2 --fisher empirical --factor-every 3 "
     options += "--scale-every 4 --basis-every 5 --schedule step --step-every 1 --step-factor 0.5 "
     options += "--warmup 0.5 --width 8 --augment --precision bf16 --limit-train 40 "
-    options += "--first-order-lr 0.3 --hold-out 5 --rank 7 --out here"
+    options += "--nesterov --first-order-lr 0.3 --hold-out 5 --rank 7 --out here"
     result = tekfac("train", *FAST, *options.split())
     assert result.exit_code == 0, result.output
     config = json.loads(Path("here", runs.CONFIG).read_text())
@@ -76,6 +76,7 @@ def test_options_reach_the_configuration() -> None:
             "damping": 0.2,
             "scale_every": 4,
             "momentum": 0.5,
+            "nesterov": True,
             "weight_decay": 0.01,
             "fisher": "empirical",
             "factor_every": 3,

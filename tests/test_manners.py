@@ -213,7 +213,8 @@ def test_first_order_parameters_follow_adamw() -> None:
         optimizer.step()
         adamw.step()
         for name, twin in zip(names, twins, strict=True):
-            assert torch.equal(model.get_parameter(name), twin), name
+            # Not to the bit: the two kernels may round otherwise, as the processor has it.
+            torch.testing.assert_close(model.get_parameter(name), twin, rtol=1e-6, atol=1e-7)
 
 
 def test_parameters_without_gradient_stay() -> None:
