@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,6 +36,14 @@ def layer_of(module: Any, *, weight: bool = True) -> Layer:
     return kind("layer", module, module.weight if weight else None, module.bias)
 
 
+# The package's rules by the reference's, which have fields of the same names.
+DAMPING_RULES: dict[type, Callable[..., tekfac.damping.Damping]] = {
+    reference.Trace: tekfac.TraceDamping,
+    reference.Factored: tekfac.FactoredDamping,
+    reference.Relative: tekfac.RelativeDamping,
+}
+
+
 class SideBySide:
     """A model trained by the package, and a copy of it trained by the reference.
 
@@ -65,12 +74,9 @@ class SideBySide:
         self.draws = draws if fisher == "exact" else reference.empirical(loss)
         options = {"lr": 0.5, "damping": 1e-2, "momentum": 0.0, **options}
         self.slow = reference.Optimizer(copy.deepcopy(twin or model), method, **options)
-        if isinstance(options["damping"], reference.Trace):
-            options["damping"] = tekfac.TraceDamping(nu=options["damping"].nu)
-        if isinstance(options["damping"], reference.Factored):
-            options["damping"] = tekfac.FactoredDamping(options["damping"].damping)
-        if isinstance(options["damping"], reference.Relative):
-            options["damping"] = tekfac.RelativeDamping(options["damping"].damping)
+        rule = DAMPING_RULES.get(type(options["damping"]))
+        if rule is not None:
+            options["damping"] = rule(**vars(options["damping"]))
         every = {"factor_every": 1, "basis_every": 1}
         if method in RESCALED:
             every["scale_every"] = 1

@@ -44,8 +44,9 @@ class TKFAC(NaturalGradient):
     of the multiplied block.
 
     Args:
-        damping: λ, a positive float, or a `TraceDamping`, which follows the trace of each layer's
-            block (3.5): the paper's choice for convolutional networks with batch normalisation.
+        damping: as in `NaturalGradient`, or a `TraceDamping`, which follows the trace of each
+            layer's block (3.5): the paper's choice for convolutional networks with batch
+            normalisation.
         fc_scale: "auto" for that β, or a positive number in its place; 1 switches it off.
 
     All other arguments and errors: see `NaturalGradient`.
