@@ -25,17 +25,18 @@ import torch
 from torch import Tensor
 
 import tekfac
-from tekfac import intervals
-from tekfac.blocks import Basis, Block
+from tekfac.curvature.basis import Basis
+from tekfac.curvature.blocks import Block
+from tekfac.curvature.statistics import carried_over, overlap
 from tekfac.experiments.config import Config
 from tekfac.experiments.errors import Diverged
 from tekfac.experiments.files import markdown, write_text
 from tekfac.experiments.optimizers import METHODS, excluded
 from tekfac.experiments.schedules import Schedule
 from tekfac.experiments.training import Training, Watcher
-from tekfac.statistics import carried_over, overlap
-from tekfac.tekfac import TEKFACBlock
-from tekfac.tkfac import TKFACBlock
+from tekfac.methods.tekfac import TEKFACBlock
+from tekfac.methods.tkfac import TKFACBlock
+from tekfac.optimizer import intervals
 
 SCHEDULE = Schedule("cosine", warmup=0.3)
 NATURAL = {
@@ -100,7 +101,7 @@ class Variant:
         attributes: of the optimizer itself, set before the first step.
         schedule: the learning rate's.
         block: in place of the method's own.
-        memory: of `tekfac.intervals`; 0 for averages with the same decay from the first step.
+        memory: of `optimizer.intervals`; 0 for averages with the same decay from the first step.
     """
 
     optimizer: str = "tekfac"

@@ -22,9 +22,9 @@ from matplotlib.figure import Figure
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from tekfac.blocks import Due
+from tekfac.curvature.blocks import Due
 from tekfac.layers import ConvLayer, Layer, LinearLayer, Sample
-from tekfac.tekfac import TEKFACBlock
+from tekfac.methods.tekfac import TEKFACBlock
 
 Sizes = Mapping[str, int]
 CONV: Sizes = {"batch": 32, "positions": 256, "input width": 32, "output width": 32}

@@ -178,13 +178,13 @@ def race(options: argparse.Namespace) -> None:
 
 
 PARTS = {
-    "backward pass for output gradients": "tekfac.capture._gradients",
+    "backward pass for output gradients": "tekfac.capture.capture._gradients",
     "inputs and gradients as matrices": "tekfac.layers.Layer._rows",
-    "traces of the examples": "tekfac.factors.TraceRestrictedFactors.add",
-    "factors": "tekfac.moments.Moment.add",
-    "rescaling": "tekfac.blocks.CorrectedBlock._add_squares",
-    "basis": "tekfac.moments.Moment.eigen",
-    "preconditioning": "tekfac.optimizer.NaturalGradient._preconditioned",
+    "traces of the examples": "tekfac.curvature.factors.TraceRestrictedFactors.add",
+    "factors": "tekfac.curvature.moments.Moment.add",
+    "rescaling": "tekfac.curvature.blocks.CorrectedBlock._add_squares",
+    "basis": "tekfac.curvature.moments.Moment.eigen",
+    "preconditioning": "tekfac.optimizer.update.Preconditioner.natural_gradients",
 }
 
 

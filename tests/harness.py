@@ -37,7 +37,7 @@ def layer_of(module: Any, *, weight: bool = True) -> Layer:
 
 
 # The package's rules by the reference's, which have fields of the same names.
-DAMPING_RULES: dict[type, Callable[..., tekfac.damping.Damping]] = {
+DAMPING_RULES: dict[type, Callable[..., tekfac.curvature.damping.Damping]] = {
     reference.Trace: tekfac.TraceDamping,
     reference.Factored: tekfac.FactoredDamping,
     reference.Relative: tekfac.RelativeDamping,

@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import tekfac
 from harness import METHODS
-from tekfac import RelativeDamping, TraceDamping, sampling
+from tekfac import RelativeDamping, TraceDamping
+from tekfac.curvature import sampling
 
 FISHERS = ["mc", "exact", "empirical"]
 # Operators whose result, or its size, the host has to read from the device.

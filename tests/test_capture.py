@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import tekfac
 from harness import METHODS, SideBySide, batch
-from tekfac.blocks import Block
+from tekfac.curvature.blocks import Block
 from tekfac.layers import Sample
 
 

@@ -24,7 +24,7 @@ from harness import (
     relative,
 )
 from reference import Trace
-from tekfac.blocks import Block
+from tekfac.curvature.blocks import Block
 
 ROUNDING = 1e-10
 FISHERS = ["empirical", "exact"]

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import tekfac
 from harness import layer_of
-from tekfac import blocks, layers
+from tekfac.curvature import blocks
 from tekfac.layers import Layer, Sample
 
 LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
@@ -50,7 +50,7 @@ def truth(layer: Layer, x: Tensor, g: Tensor) -> Tensor:
 @pytest.mark.parametrize("entries", [2**20, 1], ids=["one chunk", "example by example"])
 @pytest.mark.parametrize("name", LAYERS)
 def test_gradients(name: str, entries: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layers, "CHUNK_ENTRIES", entries)
+    monkeypatch.setattr("tekfac.layers.layer.CHUNK_ENTRIES", entries)
     torch.manual_seed(0)
     module, shape = LAYERS[name]
     layer = layer_of(copy.deepcopy(module).double())

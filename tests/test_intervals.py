@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import tekfac
-from tekfac.intervals import decay_at, is_due
+from tekfac.optimizer.intervals import decay_at, is_due
 
 
 def due(every: int, divisor: int | None, until: int) -> list[int]:

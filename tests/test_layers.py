@@ -386,7 +386,7 @@ def test_batches_too_large_for_one_chunk(
     method: str, fisher: str, entries: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One example at a time, or a few, with a remainder: the sums are the same."""
-    monkeypatch.setattr("tekfac.layers.CHUNK_ENTRIES", entries)
+    monkeypatch.setattr("tekfac.layers.layer.CHUNK_ENTRIES", entries)
     torch.manual_seed(0)
     check(flattened(), batch("flattened", 7)[0], method, fisher)
     layer = nn.Conv1d(4, 4, 2)

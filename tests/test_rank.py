@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tekfac
-from tekfac import moments
-from tekfac.linalg import completed, leading, orthonormal
-from tekfac.statistics import overlap
+from tekfac.curvature import moments
+from tekfac.curvature.linalg import completed, leading, orthonormal
+from tekfac.curvature.statistics import overlap
 
 METHODS = ("KFAC", "EKFAC", "TKFAC", "TEKFAC")
 RESCALED = ("EKFAC", "TEKFAC")

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import tekfac
 from harness import layer_of
-from tekfac import blocks, sampling
+from tekfac.curvature import blocks, sampling
 from tekfac.layers import Sample
 
 METHODS = ("KFAC", "EKFAC", "TKFAC", "TEKFAC")

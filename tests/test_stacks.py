@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import tekfac
 from harness import METHODS, TRACED
-from tekfac import blocks
+from tekfac.curvature import blocks
 
 
 def network(depth: int = 3, width: int = 4) -> nn.Module:
@@ -182,7 +182,7 @@ def test_products_do_not_grow_with_the_number_of_equal_layers(method: str) -> No
 
 
 def test_large_truncated_and_special_blocks_stay_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Special(tekfac.tekfac.TEKFACBlock):
+    class Special(tekfac.methods.tekfac.TEKFACBlock):
         def precondition(self, matrix: Tensor) -> Tensor:
             return super().precondition(matrix)
 

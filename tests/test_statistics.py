@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tekfac
-from tekfac.statistics import (
+from tekfac.curvature.statistics import (
     second_moment,
     sketched,
-    square_norms,
     squared_gradients,
     squared_rows,
     symmetric,
 )
+from tekfac.numerics import square_norms
 
 METHODS = ("KFAC", "EKFAC", "TKFAC", "TEKFAC")
 

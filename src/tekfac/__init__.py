@@ -5,14 +5,14 @@
 and the training loop stays as it is.
 """
 
-from tekfac.damping import FactoredDamping, RelativeDamping, TraceDamping
-from tekfac.ekfac import EKFAC
-from tekfac.first_order import Adam
-from tekfac.fisher import Bernoulli, Categorical, Gaussian, Likelihood
-from tekfac.kfac import KFAC
-from tekfac.optimizer import NaturalGradient
-from tekfac.tekfac import TEKFAC
-from tekfac.tkfac import TKFAC
+from tekfac.capture.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
+from tekfac.curvature.damping import FactoredDamping, RelativeDamping, TraceDamping
+from tekfac.methods.ekfac import EKFAC
+from tekfac.methods.kfac import KFAC
+from tekfac.methods.tekfac import TEKFAC
+from tekfac.methods.tkfac import TKFAC
+from tekfac.optimizer.first_order import Adam
+from tekfac.optimizer.natural_gradient import NaturalGradient
 
 __version__ = "0.1.0"
 

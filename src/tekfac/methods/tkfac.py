@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import nn
 
-from tekfac.blocks import Block, FactoredBlock
 from tekfac.checks import check_positive
-from tekfac.damping import Damping
-from tekfac.factors import TraceRestrictedFactors
+from tekfac.curvature.blocks import Block, FactoredBlock
+from tekfac.curvature.damping import Damping
+from tekfac.curvature.factors import TraceRestrictedFactors
 from tekfac.layers import ConvLayer
-from tekfac.optimizer import Common, NaturalGradient
+from tekfac.optimizer.natural_gradient import Common, NaturalGradient
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -28,7 +28,7 @@ class TKFACBlock(FactoredBlock):
 class TKFAC(NaturalGradient):
     r"""Trace-restricted Kronecker factorization.
 
-    Per layer (shapes in `tekfac.statistics`)::
+    Per layer (shapes in `curvature.statistics`)::
 
         δ ← E[tr(Ω) tr(Γ)]                                         every factor_every steps
         Φ ← E[tr(Γ) Ω]/δ,  Ψ ← E[tr(Ω) Γ]/δ                        with it (2.10)

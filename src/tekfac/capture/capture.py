@@ -14,16 +14,15 @@ import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
-from tekfac.blocks import Block
-from tekfac.fisher import Fisher
-from tekfac.layers import Sample
+from tekfac.capture.fisher import Fisher
+from tekfac.layers import Layer, Sample
 
 # Backward passes of our own, now running in this process: hooks that they reach, of any optimizer,
 # are not to take them for the user's. Not thread-local: autograd runs hooks in its own threads.
@@ -35,11 +34,30 @@ REENTRANT = (
 )
 
 
+class Observer(Protocol):
+    """Who wants to know what a layer saw: a curvature block."""
+
+    @property
+    def layer(self) -> Layer:
+        """The layer."""
+
+    @property
+    def name(self) -> str:
+        """The layer's name in the model."""
+
+    @property
+    def listening(self) -> bool:
+        """Whether the coming step needs samples."""
+
+    def observe(self, sample: Sample) -> None:
+        """Take one backward pass."""
+
+
 @dataclass
 class _Call:
     """One call of a layer in a forward pass."""
 
-    block: Block
+    block: Observer
     input: Tensor | None
     rows: int
     edge: GradientEdge | None = None
@@ -75,7 +93,7 @@ class Capture:
     def __init__(
         self,
         model: nn.Module,
-        blocks: Mapping[str, Block],
+        blocks: Mapping[str, Observer],
         fisher: Fisher | None,
         output: Callable[[Any], Tensor],
     ) -> None:
@@ -290,6 +308,22 @@ def _gradients(
         if "checkpoint" not in str(error):
             raise
         raise RuntimeError(REENTRANT) from error
+
+
+def find_output(result: Any) -> Tensor:
+    """The logits in what a model returned: itself, or its field ``.logits``.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    output = result if isinstance(result, Tensor) else getattr(result, "logits", None)
+    if not isinstance(output, Tensor):
+        raise ValueError(
+            f"the model returned {type(result).__name__}, neither a tensor nor an object with a "
+            "tensor in .logits: give output=, a function that finds the logits in it, e.g. "
+            "output=lambda result: result[0]"
+        )
+    return output
 
 
 def _has_rows(result: Any) -> bool:

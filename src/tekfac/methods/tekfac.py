@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from tekfac.blocks import CorrectedBlock
-from tekfac.damping import Damping
-from tekfac.ekfac import EKFAC
-from tekfac.factors import TraceRestrictedFactors
-from tekfac.optimizer import Common
-from tekfac.tkfac import TKFAC
+from tekfac.curvature.blocks import CorrectedBlock
+from tekfac.curvature.damping import Damping
+from tekfac.curvature.factors import TraceRestrictedFactors
+from tekfac.methods.ekfac import EKFAC
+from tekfac.methods.tkfac import TKFAC
+from tekfac.optimizer.natural_gradient import Common
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -27,7 +27,7 @@ class TEKFACBlock(CorrectedBlock):
 class TEKFAC(EKFAC, TKFAC):
     r"""Trace-restricted eigenvalue-corrected Kronecker factorization (algorithm 1).
 
-    Per layer (shapes in `tekfac.statistics`)::
+    Per layer (shapes in `curvature.statistics`)::
 
         δ ← E[tr(Ω) tr(Γ)]                                         every factor_every steps
         Φ ← E[tr(Γ) Ω]/δ,  Ψ ← E[tr(Ω) Γ]/δ                        with it (2.10)

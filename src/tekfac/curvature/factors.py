@@ -12,9 +12,11 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from tekfac.curvature.moments import Moment
+from tekfac.curvature.statistics import averaged
 from tekfac.layers import Rows
-from tekfac.moments import Moment
-from tekfac.statistics import admitted, averaged, wide
+from tekfac.numerics import wide
+from tekfac.verdict import YES, Verdict
 
 
 class Factors(ABC):
@@ -44,26 +46,30 @@ class Factors(ABC):
         """
 
     def update(
-        self, examples: int, gradient_scale: float, decay: float, usable: Tensor | None = None
-    ) -> Tensor | bool:
+        self, examples: int, gradient_scale: float, decay: float, usable: Verdict = YES
+    ) -> Verdict:
         """Average the batch's sums in, if they are finite; if not, the estimate is as it was.
 
         Args:
             examples: number of examples in the sums.
             gradient_scale: what every ``g`` is to be multiplied by.
             decay: ε2 of (3.6) and (3.7).
-            usable: if given, whether the batch may be used at all, 0-dimensional. Nothing is read
-                from the device then, unless it is the first batch.
+            usable: whether the batch may be used at all. If that is open, nothing is read from the
+                device, unless it is the first batch.
 
         Returns:
-            Whether the batch was used, as a bool if that is known.
+            Whether the batch was used.
         """
-        used, past = admitted(self._finite(), usable, decay, self.empty)
-        if isinstance(used, Tensor) and isinstance(past, Tensor):
+        used = usable.also(self._finite())
+        if self.empty:
+            used = used.read()
+        if used.open:
             self._keep_if(used)
-            assert self.input.sum is not None
-            past = past.to(self.input.sum.dtype)[None]
-        if used is not False:
+        if not used.refused:
+            past = used.weigh(decay, 1.0)
+            if isinstance(past, Tensor):
+                assert self.input.sum is not None
+                past = past.to(self.input.sum.dtype)[None]
             self._average(examples, gradient_scale, past)
         return used
 
@@ -118,7 +124,7 @@ class Factors(ABC):
     def _finite(self) -> Tensor:
         return self.input.finite() & self.output.finite()
 
-    def _keep_if(self, usable: Tensor) -> None:
+    def _keep_if(self, usable: Verdict) -> None:
         """Make nothing of the batch's sums unless ``usable``."""
         self.input.keep_if(usable)
         self.output.keep_if(usable)
@@ -190,10 +196,10 @@ class TraceRestrictedFactors(Factors):
         assert self._delta is not None
         return super()._finite() & torch.isfinite(self._delta).all()
 
-    def _keep_if(self, usable: Tensor) -> None:
+    def _keep_if(self, usable: Verdict) -> None:
         super()._keep_if(usable)
         assert self._delta is not None
-        self._delta = torch.where(usable, self._delta, 0)
+        self._delta = usable.choose(self._delta, 0)
 
     def state_dict(self) -> dict[str, Tensor]:
         state = super().state_dict()

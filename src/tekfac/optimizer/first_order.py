@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim.adam import adam
 
 from tekfac.checks import check_decay, check_not_negative
+from tekfac.verdict import YES, Verdict
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def adam_step(
     params: Sequence[Tensor],
     state: Mapping[Tensor, dict[str, Any]],
     group: Mapping[str, Any],
-    wanted: Tensor | None = None,
+    wanted: Verdict = YES,
 ) -> None:
     """One step of Adam, by torch's own implementation, with decoupled weight decay.
 
@@ -53,8 +54,8 @@ def adam_step(
         params: parameters with a gradient.
         state: a dict for each of them, where the averages are kept.
         group: settings, the fields of `Adam`.
-        wanted: if given, whether to take the step at all, 0-dimensional; the fused implementation
-            then decides on the device.
+        wanted: whether to take the step at all; if that is open, the fused implementation decides
+            on the device.
     """
     if not params:
         return
@@ -66,10 +67,10 @@ def adam_step(
     # torch takes a loop over the parameters on a CPU by default, a tenth as fast.
     on_cpu = all(p.device.type == "cpu" and p.is_floating_point() for p in params)
     fused: dict[str, Any] = {"fused": True} if on_cpu else {}
-    if wanted is not None:
+    if wanted.open:
         for p in params:
             state[p]["step"] = state[p]["step"].to(p.device, non_blocking=True)
-        fused = {"fused": True, "found_inf": (~wanted).float()}
+        fused = {"fused": True, "found_inf": wanted.inverse()}
     decay_weights(params, group, wanted)
     adam(
         list(params),
@@ -90,17 +91,18 @@ def adam_step(
 
 
 def decay_weights(
-    params: Sequence[Tensor], group: Mapping[str, Any], wanted: Tensor | None = None
+    params: Sequence[Tensor], group: Mapping[str, Any], wanted: Verdict = YES
 ) -> None:
     """``θ ← θ − lr · weight_decay · θ``, if ``wanted``."""
     if group["weight_decay"]:
         multiply(params, 1 - float(group["lr"] * group["weight_decay"]), wanted)
 
 
-def multiply(tensors: Sequence[Tensor], factor: float, wanted: Tensor | None = None) -> None:
-    """Multiply tensors by a number in place, if ``wanted``, 0-dimensional."""
-    if wanted is None:
-        torch._foreach_mul_(list(tensors), factor)
+def multiply(tensors: Sequence[Tensor], factor: float, wanted: Verdict = YES) -> None:
+    """Multiply tensors by a number in place, if ``wanted``."""
+    by = wanted.weigh(factor, 1.0)
+    if not isinstance(by, Tensor):
+        torch._foreach_mul_(list(tensors), by)
         return
     for tensor in tensors:
-        tensor.mul_(torch.where(wanted, factor, 1.0).to(tensor.device))
+        tensor.mul_(by.to(tensor.device))

@@ -19,15 +19,20 @@ from typing import Any, ClassVar, TypedDict, overload
 import torch
 from torch import Tensor, nn
 
-from tekfac.blocks import Block, Due, Stack
-from tekfac.capture import REENTRANT, Capture
-from tekfac.checks import check_count, check_decay, check_not_negative, check_positive
-from tekfac.damping import Damping, check_damping, packed_damping, unpacked_damping
-from tekfac.first_order import Adam, adam_step, decay_weights, multiply
-from tekfac.fisher import LIKELIHOODS, ExactFisher, Fisher, Likelihood, SampledFisher
-from tekfac.intervals import BASES, STATISTICS, decay_at, is_due
+from tekfac.capture.capture import REENTRANT, Capture, find_output
+from tekfac.capture.fisher import SampledFisher, make_fisher
+from tekfac.capture.likelihoods import Likelihood
+from tekfac.checks import check_count, check_decay, check_positive
+from tekfac.curvature.blocks import Block, Due
+from tekfac.curvature.damping import Damping
 from tekfac.layers import assign, kind_of
-from tekfac.sampling import amount_at
+from tekfac.optimizer import state
+from tekfac.optimizer.events import Events
+from tekfac.optimizer.first_order import Adam, adam_step
+from tekfac.optimizer.groups import check_group, curvature_groups, divided, members_of
+from tekfac.optimizer.intervals import BASES, STATISTICS, amount_at, decay_at, is_due
+from tekfac.optimizer.update import Preconditioner, clip_of, step_along
+from tekfac.verdict import YES, Verdict
 
 
 class Common(TypedDict, total=False):
@@ -101,12 +106,12 @@ class NaturalGradient(torch.optim.Optimizer):
         basis_every: steps between refreshes of the eigenbasis, ``T_EIG``.
         interval_warmup: let intervals of 10 steps or more be shorter early in training: at most an
             eighth of the steps taken for statistics, a quarter for the basis. Averages forget
-            sooner then, what is older than the last quarter of the steps (`tekfac.intervals`).
+            sooner then, what is older than the last quarter of the steps (`optimizer.intervals`).
         factor_decay: ε2 of (3.6) and (3.7), in [0, 1): the weight of the past.
         factor_rows: where a layer's factors take much work, inputs that they are estimated from in
             each batch, for each column of the input-side one: at evenly spread positions of every
             example, and multiplied as bfloat16 where the processor is made for that
-            (`tekfac.sampling`). Half as many if ``factor_every`` is below 10. None for all, as
+            (`curvature.sampling`). Half as many if ``factor_every`` is below 10. None for all, as
             they are.
         rank: eigenvectors kept of a wide factor, one wider than three times that; the directions
             orthogonal to them share one eigenvalue, which keeps the trace. It bounds what memory,
@@ -198,22 +203,18 @@ class NaturalGradient(torch.optim.Optimizer):
         self.factor_rows, self.rank, self.storage = factor_rows, rank, storage
         self.loss_reduction = loss_reduction
         self.first_order = first_order
-        self.fisher = _make_fisher(fisher, likelihood, mc_samples, generator)
-        self.output = _find_output if output is None else output
+        self.fisher = make_fisher(fisher, likelihood, mc_samples, generator)
+        self.output = find_output if output is None else output
         self._assignment = assign(model, exclude)
         if not self._assignment.modules:
             raise ValueError(
                 f"{self._method} found no layer that it supports in {type(model).__name__} "
                 f"({_supported()}): use a torch.optim optimizer for this model"
             )
-        self._counters = dict.fromkeys(
-            ("steps", "skipped_steps", "skipped_statistics", "failed_decompositions"), 0
-        )
+        self._events = Events()
         self._position = 0
-        self._unread: dict[str, Tensor] = {}
-        self._warned: set[str] = set()
         self._blocks: dict[str, Block] = {}
-        self._stacks: dict[object, Stack] = {}
+        self._preconditioner = Preconditioner()
         self._capture: Capture | None = None
         defaults = {
             "lr": lr,
@@ -228,7 +229,7 @@ class NaturalGradient(torch.optim.Optimizer):
             raise TypeError(
                 "params takes a list of parameter groups: [{'params': [...], 'lr': ...}]"
             )
-        _check_group(defaults, self.make_block.trace_damping, self._method)
+        check_group(defaults, self.make_block.trace_damping, self._method)
         super().__init__(params, defaults)
         self._build_blocks()
         if not self._blocks:
@@ -272,8 +273,8 @@ class NaturalGradient(torch.optim.Optimizer):
         On an accelerator, which steps and statistics are skipped is decided there. Reading this
         waits for it, as does a refresh of the basis, which is when such a skip is warned of.
         """
-        self._read_counts()
-        return dict(self._counters)
+        self._events.read()
+        return dict(self._events.counts)
 
     def treatment(self) -> dict[str, str]:
         """How each parameter of the model is trained, in words, by the parameter's name."""
@@ -330,46 +331,22 @@ class NaturalGradient(torch.optim.Optimizer):
         """
         if self._blocks:
             self._open()
-        if not isinstance(param_group, dict) or "params" not in param_group:
-            raise TypeError(f"a parameter group is a dict with 'params', got {param_group!r}")
-        group = dict(param_group)
-        members = group.pop("params")
-        members = [members] if isinstance(members, Tensor) else list(members)
-        owner = self._assignment.owner
-        layers, others = [], []
-        for p in members:
-            if isinstance(p, nn.Parameter) and p in owner and p.requires_grad:
-                name = owner[p]
-                block = self._blocks.get(name)
-                if block is not None and not any(p is own for own in block.layer.parameters):
-                    raise ValueError(
-                        f"layer {name!r} already has a block that does not cover this parameter "
-                        f"of shape {tuple(p.shape)}: make a new optimizer to change which of a "
-                        "layer's parameters are trained"
-                    )
-                layers.append(p)
-            else:
-                others.append(p)
-        _check_group({**self.defaults, **group}, self.make_block.trace_damping, self._method)
-        # In a mixed group "lr" is the layers': the two rules' step sizes are not alike.
-        shared = ("weight_decay",) if layers else ("lr", "betas", "eps", "weight_decay")
-        given = {key: group[key] for key in shared if key in group}
-        rule = asdict(replace(self.first_order, **given))
+        members, settings = members_of(param_group)
+        check_group({**self.defaults, **settings}, self.make_block.trace_damping, self._method)
+        groups = divided(members, settings, self._assignment, self._blocks, self.first_order)
         before = len(self.param_groups)
         try:
-            if layers:
-                super().add_param_group({"params": layers, **group, "first_order": False})
-            if others:
-                super().add_param_group({"params": others, **group, **rule, "first_order": True})
+            for group in groups:
+                super().add_param_group(group)
         except (TypeError, ValueError):
             del self.param_groups[before:]  # not one half without the other
             raise
-        if self._blocks and layers:
+        if self._blocks and not all(group["first_order"] for group in groups):
             self._build_blocks()
 
     def _build_blocks(self) -> None:
         """Make the blocks of all layers in the curvature groups, and listen to them."""
-        group_of = self._group_of()
+        group_of = curvature_groups(self.param_groups)
         for name, module in self._assignment.modules.items():
             weight, bias = module._parameters["weight"], module._parameters.get("bias")
             weight = weight if weight in group_of else None
@@ -381,14 +358,6 @@ class NaturalGradient(torch.optim.Optimizer):
             group = group_of[layer.parameters[0]]
             self._blocks[name] = self.make_block(layer, group, self.rank, self.storage)
         self._listen()
-
-    def _group_of(self) -> dict[Tensor, dict[str, Any]]:
-        return {
-            p: group
-            for group in self.param_groups
-            if not group["first_order"]
-            for p in group["params"]
-        }
 
     def _listen(self) -> None:
         """Put the hooks on the model, in place of those there may be."""
@@ -425,52 +394,37 @@ class NaturalGradient(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         capture = self._open()
+        wanted = YES
         finite = self._finite()
-        wanted = None
-        if finite is not None and not self._reads():
-            wanted = finite
-            self._count("skipped_steps", ~finite)
+        if finite is not None and self._leaves_open():
+            wanted = Verdict(finite)
+            self._events.count("skipped_steps", ~finite)
         else:
-            self._read_counts()
+            self._events.read()
             if finite is not None and not bool(finite):
-                self._counters["skipped_steps"] += 1
-                self._warn_of("skipped_steps", self._not_finite())
+                self._events.counts["skipped_steps"] += 1
+                self._events.warn_of("skipped_steps", self._not_finite())
                 self._discard()
                 return loss
         capture.flush()
         self._check_measured(capture, self._update_curvature(wanted))
         self._apply(wanted)
-        self._counters["steps"] += 1
+        self._events.counts["steps"] += 1
         self._position += 1
         self._set_due()
         return loss
 
-    def _reads(self) -> bool:
-        """Whether the coming step may read from the device whether all is finite.
+    def _leaves_open(self) -> bool:
+        """Whether the device decides by itself what the coming step skips.
 
-        If not, the device decides by itself what it skips, and the host does not wait for it.
+        The host does not wait for it then. It has to know where a basis is made.
         """
         blocks = self._blocks.values()
-        return not self._waits() or any(block.empty or block.due.basis for block in blocks)
+        return self._waits() and not any(block.empty or block.due.basis for block in blocks)
 
     def _waits(self) -> bool:
         """Whether reading from the device makes the host wait for work given to it before."""
         return any(p.device.type != "cpu" for group in self.param_groups for p in group["params"])
-
-    def _count(self, name: str, events: Tensor) -> None:
-        """Count what happened on the device, if it did; read by `_read_counts`."""
-        count = self._unread.get(name)
-        self._unread[name] = events.long() if count is None else count + events.to(count.device)
-
-    def _read_counts(self) -> None:
-        for name, count in self._unread.items():
-            found = int(count)
-            self._counters[name] += found
-            if name == "skipped_steps":
-                self._counters["steps"] -= found
-            if found:
-                self._warn_of(name, "a parameter" if name == "skipped_steps" else "some layers")
-        self._unread.clear()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, and forget statistics taken since the last step along with them."""
@@ -513,7 +467,7 @@ class NaturalGradient(torch.optim.Optimizer):
         """ε2 and ε1 now; the latter for the methods that have a rescaling of their own."""
         return self._decay(self.factor_every, self.factor_decay), 0.0
 
-    def _update_curvature(self, wanted: Tensor | None) -> set[str]:
+    def _update_curvature(self, wanted: Verdict) -> set[str]:
         """Bring all blocks up to date; names of those whose batch is known to be unusable."""
         troubled = set()
         scale = None if self.fisher is None and self.loss_reduction == "mean" else 1.0
@@ -521,17 +475,16 @@ class NaturalGradient(torch.optim.Optimizer):
         decays = self._decays() if listened else (0.0, 0.0)
         for block in self._blocks.values():
             report = block.update(scale, *decays, wanted)
-            if isinstance(report.used, Tensor):
-                assert wanted is not None
-                self._count("skipped_statistics", wanted & ~report.used.to(wanted.device))
-            elif not report.used:
+            if report.used.open:
+                self._events.count("skipped_statistics", report.used.missed(wanted))
+            elif report.used.refused:
                 troubled.add(block.name)
-                self._counters["skipped_statistics"] += 1
-                self._warn_of("skipped_statistics", f"layer {block.name!r}")
+                self._events.counts["skipped_statistics"] += 1
+                self._events.warn_of("skipped_statistics", f"layer {block.name!r}")
             if report.failed:
                 troubled.add(block.name)
-                self._counters["failed_decompositions"] += 1
-                self._warn(
+                self._events.counts["failed_decompositions"] += 1
+                self._events.warn(
                     "failed_decompositions",
                     f"no eigendecomposition of layer {block.name!r}'s factors could be found, in "
                     "float64 either: the last good basis stays "
@@ -565,7 +518,7 @@ class NaturalGradient(torch.optim.Optimizer):
                 "training mode (model.train()), before loss.backward()"
             )
         names = ", ".join(map(repr, missing[:3])) + (" and others" if len(missing) > 3 else "")
-        self._warn(
+        self._events.warn(
             "missing",
             f"no curvature of layers {names}: they have gradients, but "
             "their forward did not run as a module in training mode, the batch was empty, or the "
@@ -591,11 +544,11 @@ class NaturalGradient(torch.optim.Optimizer):
                 return repr(name)
         return "a parameter outside the model"
 
-    def _apply(self, wanted: Tensor | None) -> None:
+    def _apply(self, wanted: Verdict) -> None:
         """Turn gradients into steps: preconditioned for the layers, first order for the rest.
 
         Args:
-            wanted: if given, whether to take the step, 0-dimensional.
+            wanted: whether to take the step.
         """
         directions: dict[Tensor, Tensor] = {}
         inner = 0.0
@@ -610,73 +563,24 @@ class NaturalGradient(torch.optim.Optimizer):
                 gradients[name] = block.layer.matrix(
                     None if weight is None else weight.grad, None if bias is None else bias.grad
                 )
-        for name, natural in self._preconditioned(gradients).items():
+        naturals = self._preconditioner.natural_gradients(self._blocks, gradients)
+        for name, natural in naturals.items():
             block = self._blocks[name]
             if self.kl_clip is not None:
                 inner = inner + block.group["lr"] ** 2 * (natural * gradients[name]).sum()
             parts = zip(block.layer.parameters, block.layer.split(natural), strict=True)
             directions |= {p: part.to(p.dtype) for p, part in parts if p.grad is not None}
         if self.kl_clip is not None and isinstance(inner, Tensor):
-            clip = (
-                (self.kl_clip / inner.clamp_min(torch.finfo(inner.dtype).tiny)).sqrt().clamp_max(1)
-            )
+            clip = clip_of(self.kl_clip, inner)
             directions = {p: d * clip.to(d.dtype) for p, d in directions.items()}
         for group in self.param_groups:
             if group["first_order"]:
                 ready = [p for p in group["params"] if p.grad is not None]
                 adam_step(ready, self.state, group, wanted)
             else:
-                ready = [p for p in group["params"] if p in directions]
-                self._step_along(ready, directions, group, wanted)
+                own = {p: directions[p] for p in group["params"] if p in directions}
+                step_along(own, self.state, group, wanted)
         adam_step(unmeasured, self.state, asdict(self.first_order), wanted)
-
-    def _preconditioned(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """``(F̂ + λ I)⁻¹ ∇h`` of these blocks; of small ones with the same shapes together."""
-        alike: dict[object, list[str]] = {}
-        for name in gradients:
-            stacking = self._blocks[name].stacking
-            alike.setdefault(name if stacking is None else stacking, []).append(name)
-        result: dict[str, Tensor] = {}
-        for stacking, names in alike.items():
-            blocks = [self._blocks[name] for name in names]
-            if len(blocks) == 1:
-                result[names[0]] = blocks[0].precondition(gradients[names[0]])
-                continue
-            stack = self._stacks.get(stacking)
-            if stack is None or stack.blocks != blocks:
-                stack = self._stacks[stacking] = Stack(blocks)
-            found = stack.precondition([gradients[name] for name in names])
-            result |= zip(names, found, strict=True)
-        return result
-
-    def _step_along(
-        self,
-        params: list[Tensor],
-        directions: dict[Tensor, Tensor],
-        group: dict[str, Any],
-        wanted: Tensor | None,
-    ) -> None:
-        """(3.9): momentum and update."""
-        if not params:
-            return
-        steps = [directions[p] for p in params]
-        if wanted is not None:
-            steps = _where(wanted, steps)
-        if group["momentum"]:
-            for p in params:
-                if "momentum_buffer" not in self.state[p]:
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            buffers = [self.state[p]["momentum_buffer"] for p in params]
-            multiply(buffers, group["momentum"], wanted)
-            torch._foreach_add_(buffers, steps)
-            if group["nesterov"]:
-                torch._foreach_add_(steps, buffers, alpha=group["momentum"])
-            else:
-                steps = buffers
-            if wanted is not None:
-                steps = _where(wanted, steps)
-        decay_weights(params, group, wanted)
-        torch._foreach_add_(params, steps, alpha=-float(group["lr"]))
 
     # -- state -------------------------------------------------------------------------------------
 
@@ -689,16 +593,10 @@ class NaturalGradient(torch.optim.Optimizer):
         parameter.
         """
         packed = super().state_dict()
-        index = self._index()
-        for block in self._blocks.values():
-            key = index[block.layer.parameters[0]]
-            own = {f"block.{name}": value for name, value in block.state_dict().items()}
-            packed["state"][key] = {**packed["state"].get(key, {}), **own}
-        for group in packed["param_groups"]:
-            group["damping"] = packed_damping(group["damping"])
+        state.add_blocks(packed, self.param_groups, self._blocks)
         packed["tekfac"] = {
             "method": self._method,
-            "blocks": self._layout(),
+            "blocks": state.layout_of(self.param_groups, self._blocks),
             "settings": {name: getattr(self, name) for name in self._settings},
             "counters": self.counters,
             "position": self._position,
@@ -717,131 +615,41 @@ class NaturalGradient(torch.optim.Optimizer):
             ValueError: if it is of another method, another architecture or no state of this
                 package.
         """
-        self._check_fits(state_dict)
+        state.check_fits(state_dict, self._method, self.param_groups, self._blocks)
         packed = copy.deepcopy(state_dict)  # torch would share the tensors with the other optimizer
         own = packed.pop("tekfac")
-        learnt: dict[int, dict[str, Tensor]] = {}
-        for key, values in packed["state"].items():
-            learnt[key] = {
-                name.removeprefix("block."): values.pop(name)
-                for name in list(values)
-                if name.startswith("block.")
-            }
-        for group in packed["param_groups"]:
-            group["damping"] = unpacked_damping(group["damping"])
-        packed["state"] = {key: values for key, values in packed["state"].items() if values}
+        learnt = state.take_blocks(packed)
         super().load_state_dict(packed)
-        index, group_of = self._index(), self._group_of()
+        index, group_of = state.index_of(self.param_groups), curvature_groups(self.param_groups)
         for block in self._blocks.values():
             first = block.layer.parameters[0]
             block.group = group_of[first]
             block.load_state_dict(learnt[index[first]])
         for name, value in own["settings"].items():
             setattr(self, name, value)
-        self._unread.clear()
-        self._counters = dict(own["counters"])
-        self._position = own.get("position", self._counters["steps"])  # not there in older states
+        self._events.load(own["counters"])
+        self._position = own.get("position", own["counters"]["steps"])  # not there in older states
         if isinstance(self.fisher, SampledFisher) and "generator" in own:
             self.fisher.generator.set_state(own["generator"].cpu())
         self._update_fc_scale()
         self._set_due()
 
-    def _check_fits(self, state_dict: dict[str, Any]) -> None:
-        own = state_dict.get("tekfac")
-        if own is None:
-            raise ValueError(
-                "this state dict was not made by a tekfac optimizer: it has no entry 'tekfac', "
-                f"only {sorted(state_dict)}"
-            )
-        if own["method"] != self._method:
-            raise ValueError(f"this is a state of {own['method']}, not of {self._method}")
-        theirs, ours = (
-            {name: tuple(layout["shape"]) for name, layout in layouts.items()}
-            for layouts in (own["blocks"], self._layout())
-        )
-        if theirs != ours:
-            name = next(n for n in {**ours, **theirs} if ours.get(n) != theirs.get(n))
-            raise ValueError(
-                f"this state is of another architecture: layer {name!r} has a block of shape "
-                f"{theirs.get(name, 'none')} there, {ours.get(name, 'none')} here"
-            )
-        sizes = [
-            [len(group["params"]) for group in groups]
-            for groups in (state_dict["param_groups"], self.param_groups)
-        ]
-        if sizes[0] != sizes[1]:
-            raise ValueError(
-                f"this state has parameter groups of {sizes[0]} parameters, this optimizer of "
-                f"{sizes[1]}"
-            )
-        for name, layout in self._layout().items():
-            if own["blocks"][name] != layout:
-                raise ValueError(
-                    f"this state has its parameters in another order: those of layer {name!r} are "
-                    f"numbers {own['blocks'][name]['parameters']} there, {layout['parameters']} "
-                    "here; make the parameter groups in the same way"
-                )
-        names = {i: p for p, i in self._index().items()}
-        for key, values in state_dict["state"].items():
-            for name in ("momentum_buffer", "exp_avg"):
-                if name in values and values[name].shape != names[key].shape:
-                    raise ValueError(
-                        f"this state is of another architecture: parameter {key} has shape "
-                        f"{tuple(values[name].shape)} there, {tuple(names[key].shape)} here"
-                    )
-
-    def _layout(self) -> dict[str, dict[str, list[int]]]:
-        """The shape of each block, and the numbers of the parameters that it covers."""
-        index = self._index()
-        return {
-            name: {
-                "shape": list(block.shape),
-                "parameters": [index[p] for p in block.layer.parameters],
-            }
-            for name, block in self._blocks.items()
-        }
-
-    def _index(self) -> dict[Tensor, int]:
-        """The number under which `state_dict` knows a parameter."""
-        params = [p for group in self.param_groups for p in group["params"]]
-        return {p: i for i, p in enumerate(params)}
-
     def __getstate__(self) -> dict[str, Any]:
         # A scheduler puts its own `step` on the instance; it and hooks stay behind, as in torch.
-        state = {
+        kept = {
             key: value
             for key, value in self.__dict__.items()
             if key not in ("_capture", "step") and not key.startswith("_optimizer_")
         }
-        return state | {"closed": self._capture is None, "_stacks": {}}
+        return kept | {"closed": self._capture is None, "_preconditioner": Preconditioner()}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        closed = state.pop("closed", None)
-        super().__setstate__(state)
+    def __setstate__(self, kept: dict[str, Any]) -> None:
+        closed = kept.pop("closed", None)
+        super().__setstate__(kept)
         if closed is not None:  # unpickled or copied, not load_state_dict
             self._capture = None
             if not closed:
                 self._listen()
-
-    def _warn_of(self, counter: str, what: str) -> None:
-        """Warn once of steps or statistics that were skipped."""
-        if counter == "skipped_steps":
-            words = (
-                f"the gradient of {what} is not finite: the step was skipped, parameters, momentum "
-                "and curvature are as they were (counters['skipped_steps'] counts such steps)"
-            )
-        else:
-            words = (
-                f"statistics of {what} are not finite in this batch: they were "
-                "left out (counters['skipped_statistics'] counts such batches)"
-            )
-        self._warn(counter, words)
-
-    def _warn(self, kind: str, words: str) -> None:
-        """Warn once for each kind of trouble."""
-        if kind not in self._warned:
-            self._warned.add(kind)
-            warnings.warn(words, RuntimeWarning, stacklevel=4)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Show the whole signature of a method's constructor, whose common part is ``**common``."""
@@ -855,52 +663,5 @@ class NaturalGradient(torch.optim.Optimizer):
         cls.__signature__ = inspect.Signature(list(merged.values()))  # type: ignore[attr-defined]
 
 
-def _make_fisher(
-    fisher: str, likelihood: str | Likelihood, samples: int, generator: torch.Generator | None
-) -> Fisher | None:
-    if isinstance(likelihood, str):
-        if likelihood not in LIKELIHOODS:
-            known = ", ".join(map(repr, LIKELIHOODS))
-            raise ValueError(f"likelihood must be one of {known}, got {likelihood!r}")
-        likelihood = LIKELIHOODS[likelihood]
-    elif not isinstance(likelihood, Likelihood):
-        raise TypeError(
-            "likelihood must be a name or a tekfac likelihood such as tekfac.Categorical(), got "
-            f"{likelihood!r}"
-        )
-    if fisher == "mc":
-        return SampledFisher(likelihood, samples, generator)
-    if fisher == "exact":
-        return ExactFisher(likelihood)
-    if fisher == "empirical":
-        return None
-    raise ValueError(f'fisher must be "mc", "exact" or "empirical", got {fisher!r}')
-
-
-def _where(wanted: Tensor, tensors: list[Tensor]) -> list[Tensor]:
-    """The tensors if ``wanted``, and else zeros."""
-    return [torch.where(wanted.to(t.device), t, 0) for t in tensors]
-
-
-def _find_output(result: Any) -> Tensor:
-    output = result if isinstance(result, Tensor) else getattr(result, "logits", None)
-    if not isinstance(output, Tensor):
-        raise ValueError(
-            f"the model returned {type(result).__name__}, neither a tensor nor an object with a "
-            "tensor in .logits: give output=, a function that finds the logits in it, e.g. "
-            "output=lambda result: result[0]"
-        )
-    return output
-
-
 def _supported() -> str:
     return "Linear, Conv1d, Conv2d, Conv3d"
-
-
-def _check_group(group: Mapping[str, Any], trace_damping: bool, method: str) -> None:
-    check_not_negative("lr", group["lr"])
-    check_not_negative("weight_decay", group["weight_decay"])
-    check_decay("momentum", group["momentum"])
-    if group["nesterov"] and not group["momentum"]:
-        raise ValueError("nesterov needs a momentum above 0")
-    check_damping(group["damping"], trace_damping=trace_damping, method=method)

@@ -19,9 +19,8 @@ from functools import cache
 
 import torch
 
-from tekfac.intervals import LONG
+from tekfac.curvature.statistics import rotation_costs
 from tekfac.layers import Layer, Sample
-from tekfac.statistics import rotation_costs
 
 # Multiplications (about 3 ms of a CPU core) below which nothing is worth saving.
 SMALL = 2**28
@@ -43,16 +42,6 @@ class Reading:
     examples: int
     stride: int = 1
     dtype: torch.dtype | None = None
-
-
-def amount_at(interval: int, amount: int | None) -> int | None:
-    """How many rows or examples a measurement is to read.
-
-    Args:
-        interval: steps between measurements.
-        amount: how many where these are ten or more; of shorter ones half. None for all, always.
-    """
-    return amount if amount is None or interval >= LONG else -(-amount // 2)
 
 
 def factor_reading(layer: Layer, sample: Sample, rows: int | None) -> Reading:

@@ -8,21 +8,18 @@ from and what the rescaling ``s`` is make the four methods; both choices are nam
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from tekfac.damping import FactoredDamping, damping_of
-from tekfac.factors import Factors
-from tekfac.layers import Layer, Sample
-from tekfac.linalg import completed
-from tekfac.sampling import factor_reading, scale_reading
-from tekfac.statistics import (
-    admitted,
+from tekfac.curvature.basis import Basis
+from tekfac.curvature.damping import FactoredDamping, damping_of
+from tekfac.curvature.factors import Factors
+from tekfac.curvature.linalg import completed
+from tekfac.curvature.sampling import factor_reading, scale_reading
+from tekfac.curvature.statistics import (
     averaged,
     carried_over,
     overlap,
@@ -30,6 +27,8 @@ from tekfac.statistics import (
     squared_gradients,
     squared_rows,
 )
+from tekfac.layers import Layer, Sample
+from tekfac.verdict import YES, Verdict
 
 DENSE_LIMIT = 8192
 
@@ -40,75 +39,6 @@ STACKED = 2**26
 STORED = ("factor.input", "factor.output", "basis.input", "basis.output", "scale")
 
 
-@dataclass
-class Basis:
-    """Eigenvectors (columns) and eigenvalues of a pair of factors.
-
-    Of a wide factor there are only the leading ``k < d`` eigenvectors. All directions orthogonal to
-    them share one eigenvalue, which comes last: there are ``k + 1`` values then.
-
-    Args:
-        input: ``U_in``, ``(G, d_in, k_in)``.
-        output: ``U_out``, ``(G, d_out, k_out)``.
-        input_values: ``(G, d_in)`` or ``(G, k_in + 1)``, not negative.
-        output_values: ``(G, d_out)`` or ``(G, k_out + 1)``, not negative.
-    """
-
-    input: Tensor
-    output: Tensor
-    input_values: Tensor
-    output_values: Tensor
-
-    def __getstate__(self) -> dict[str, Tensor]:
-        # Pickled or copied, a part of a joined tensor (see `Stack`) would take the whole with it.
-        return {name: value.clone() for name, value in vars(self).items()}
-
-    def apply(self, values: Tensor, matrix: Tensor) -> Tensor:
-        """``U_out (values ∘ (U_outᵀ V U_in)) U_inᵀ``: what has these eigenvalues, times ``V``.
-
-        Args:
-            values: one for each pair of ``output_values`` and ``input_values``.
-            matrix: ``V``, ``(G, d_out, d_in)``.
-        """
-        output, kept = self.output.to(matrix.dtype), self.output.shape[2]
-        rows = output.mT @ matrix
-        result = output @ self._apply_input(values[:, :kept], rows)
-        if kept < output.shape[1]:
-            others = matrix - output @ rows
-            result += self._apply_input(values[:, kept:], others)
-        return result
-
-    def _apply_input(self, values: Tensor, rows: Tensor) -> Tensor:
-        input, kept = self.input.to(rows.dtype), self.input.shape[2]
-        rotated = rows @ input
-        if kept == input.shape[1]:
-            return (values * rotated) @ input.mT
-        rest = values[:, :, kept:]
-        return ((values[:, :, :kept] - rest) * rotated) @ input.mT + rest * rows
-
-    @property
-    def input_counts(self) -> Tensor:
-        """How many directions each of ``input_values`` stands for."""
-        return _counts(self.input, self.input_values)
-
-    @property
-    def output_counts(self) -> Tensor:
-        """How many directions each of ``output_values`` stands for."""
-        return _counts(self.output, self.output_values)
-
-    @property
-    def counts(self) -> Tensor:
-        """How many coordinates each pair of values stands for."""
-        return self.output_counts[:, None] * self.input_counts
-
-
-def _counts(vectors: Tensor, values: Tensor) -> Tensor:
-    counts = values.new_ones(values.shape[1])
-    if vectors.shape[2] < vectors.shape[1]:
-        counts[-1] = vectors.shape[1] - vectors.shape[2]
-    return counts
-
-
 @dataclass(frozen=True)
 class Due:
     """What a block is to do in the coming step."""
@@ -117,7 +47,7 @@ class Due:
     scale: bool = True
     basis: bool = True
     factor_rows: int | None = None
-    """Inputs that factors read for each of their columns, None for all (see `tekfac.sampling`)."""
+    """Inputs that factors read for each of their columns, None for all (`curvature.sampling`)."""
     scale_examples: int | None = None
     """Examples that the rescaling is measured on, None for all."""
 
@@ -126,7 +56,7 @@ class Due:
 class Report:
     """What became of a block's statistics in a step."""
 
-    used: Tensor | bool = True
+    used: Verdict = YES
     """Whether the batch's statistics, if any, were finite; if not, they were left out."""
     failed: bool = False
     """The eigendecomposition failed and the last good basis was kept."""
@@ -302,7 +232,7 @@ class Block(ABC):
         gradient_scale: float | None,
         factor_decay: float,
         scale_decay: float,
-        usable: Tensor | None = None,
+        usable: Verdict = YES,
     ) -> Report:
         """Bring the estimate up to date: factors, basis, rescaling, as far as they are due.
 
@@ -311,34 +241,29 @@ class Block(ABC):
                 the number of examples in the batches observed.
             factor_decay: ε2 of (3.6) and (3.7).
             scale_decay: ε1 of (3.8).
-            usable: if given, whether what was observed may be used, 0-dimensional. Where no basis
-                is due and there is an estimate already, nothing is read from the device then.
+            usable: whether what was observed may be used. If that is open, no basis is due and
+                there is an estimate already, nothing is read from the device.
         """
         examples = self._examples
         if examples or self.due.basis:
             self._damping_kept = None
         scale = float(examples) if gradient_scale is None else gradient_scale
-        used: Tensor | bool = True
-        failed = False
+        used, failed = usable, False
         if examples and self.due.factors:
             if self.empty and self.factors.silent:
                 self.silent = True
                 self.discard()
                 return Report()
             used = self.factors.update(examples, scale, factor_decay, usable)
-        if self.due.basis and not self.factors.empty and bool(used):
+        if self.due.basis and not self.factors.empty and not used.refused:
             failed = not self._refresh()
-        if examples and self.basis is not None and used is not False:
+        if examples and self.basis is not None and not used.refused:
             # What the factors could not use is not used here either.
-            usable = used if isinstance(used, Tensor) else usable
-            used = self._rescale(scale, scale_decay, usable)
-        if examples and used is not False:
-            norm = self.layer.row_norm
-            if isinstance(used, Tensor):
-                norm = torch.where(used.to(norm.device), norm, self._row_norm)
-            self._row_norm = norm
+            used = self._rescale(scale, scale_decay, used)
+        if examples and not used.refused:
+            self._row_norm = used.choose(self.layer.row_norm, self._row_norm)
         self.discard()
-        return Report(used, failed)
+        return Report(used if examples else YES, failed)
 
     @abstractmethod
     def fisher_trace(self) -> Tensor:
@@ -409,9 +334,9 @@ class Block(ABC):
         more_in, more_out = damping * pi, damping / pi
         return output * more_in, more_out * (input + more_in)
 
-    def _rescale(self, gradient_scale: float, decay: float, usable: Tensor | None) -> Tensor | bool:
+    def _rescale(self, gradient_scale: float, decay: float, usable: Verdict) -> Verdict:
         """Average the batch's rescaling in, if it is finite and usable; whether it was."""
-        return True if usable is None else usable
+        return usable
 
     def _change_basis(self, old: Basis, new: Basis) -> None:  # noqa: B027
         """Called when the basis is refreshed; nothing to do where the rescaling comes with it."""
@@ -459,38 +384,6 @@ class Block(ABC):
                 f"got {tuple(vector.shape)}"
             )
         return self.layer.from_vector(vector)
-
-
-class Stack:
-    """Blocks whose bases have the same shapes, preconditioned in one batch of products.
-
-    Each block's basis becomes a part of the joined one, so that nothing is held twice.
-
-    Args:
-        blocks: blocks with the same `stacking`, which have a basis.
-    """
-
-    def __init__(self, blocks: list[Block]) -> None:
-        self.blocks = blocks
-        self._bases: list[Basis | None] = []
-
-    def precondition(self, matrices: Sequence[Tensor]) -> list[Tensor]:
-        """What `Block.precondition` of each block makes of its gradient."""
-        if any(old is not block.basis for old, block in zip_longest(self._bases, self.blocks)):
-            self._join()
-        values = torch.cat([block._damped_eigenvalues() for block in self.blocks])
-        natural = self._joined.apply(values.reciprocal_(), torch.cat(list(matrices)))
-        return list(natural.split_with_sizes([len(matrix) for matrix in matrices]))
-
-    def _join(self) -> None:
-        own = [vars(block._require_basis()).values() for block in self.blocks]
-        joined = [torch.cat(tensors) for tensors in zip(*own, strict=True)]
-        self._joined = Basis(*joined)
-        groups = [block.groups for block in self.blocks]
-        parts = zip(*(tensor.split(groups) for tensor in joined), strict=True)
-        for block, part in zip(self.blocks, parts, strict=True):
-            block.basis = Basis(*part)
-        self._bases = [block.basis for block in self.blocks]
 
 
 class FactoredBlock(Block):
@@ -575,17 +468,19 @@ class CorrectedBlock(Block):
                 bases = bases[0].to(gradients.dtype), bases[1].to(gradients.dtype)
                 self._sum = squared_gradients(gradients, *bases, self._sum)
 
-    def _rescale(self, gradient_scale: float, decay: float, usable: Tensor | None) -> Tensor | bool:
+    def _rescale(self, gradient_scale: float, decay: float, usable: Verdict) -> Verdict:
         for waiting in self._pending:
             self._add_squares(*waiting)
         if self._sum is None:
             return super()._rescale(gradient_scale, decay, usable)
-        finite = torch.isfinite(self._sum).all()
-        used, past = admitted(finite, usable, decay, self.scale is None)
-        if used is False:
-            return False
-        if isinstance(used, Tensor) and isinstance(past, Tensor):
-            self._sum = torch.where(used, self._sum, 0)
+        used = usable.also(torch.isfinite(self._sum).all())
+        if self.scale is None:
+            used = used.read()
+        if used.refused:
+            return used
+        self._sum = used.choose(self._sum, 0)
+        past = used.weigh(decay, 1.0)
+        if isinstance(past, Tensor):
             past = past.to(self._sum.dtype)
         assert self.basis is not None
         mean = self._sum * (gradient_scale**2 / self._rescaled) / self.basis.counts

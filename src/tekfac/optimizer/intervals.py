@@ -43,6 +43,16 @@ def decay_at(step: int, every: int, divisor: int | None, decay: float) -> float:
     return min(decay, max(0.0, 1 - MEMORY * gap / step))
 
 
+def amount_at(interval: int, amount: int | None) -> int | None:
+    """How many rows or examples a measurement is to read.
+
+    Args:
+        interval: steps between measurements.
+        amount: how many where these are ten or more; of shorter ones half. None for all, always.
+    """
+    return amount if amount is None or interval >= LONG else -(-amount // 2)
+
+
 def _last_due(step: int, every: int, divisor: int | None) -> int:
     at = 0
     if divisor is not None and every >= LONG:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tekfac.linalg import eigh, leading, orthonormal
-from tekfac.statistics import averaged, second_moment, sketched, square_norms, symmetric, wide
+from tekfac.curvature.linalg import eigh, leading, orthonormal
+from tekfac.curvature.statistics import averaged, second_moment, sketched, symmetric
+from tekfac.numerics import square_norms, wide
+from tekfac.verdict import Verdict
 
 
 class Moment:
@@ -60,12 +62,12 @@ class Moment:
         assert self.sum is not None
         return torch.isfinite(self.sum).all()
 
-    def keep_if(self, usable: Tensor) -> None:
-        """Make nothing of the batch's sum unless ``usable``, 0-dimensional, is true."""
+    def keep_if(self, usable: Verdict) -> None:
+        """Make nothing of the batch's sum unless ``usable``."""
         assert self.sum is not None
-        self.sum = torch.where(usable, self.sum, 0)
+        self.sum = usable.choose(self.sum, 0)
         if self._trace_sum is not None:
-            self._trace_sum = torch.where(usable, self._trace_sum, 0)
+            self._trace_sum = usable.choose(self._trace_sum, 0)
 
     def average(self, divisor: Tensor | float, past: Tensor | float) -> None:
         """Average the batch's sum, divided by ``divisor``, in; both are numbers or ``(G,)``."""

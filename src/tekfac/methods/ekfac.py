@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import nn
 
-from tekfac.blocks import Block, CorrectedBlock, Due
 from tekfac.checks import check_count, check_decay
-from tekfac.damping import Damping
-from tekfac.factors import KroneckerFactors
-from tekfac.intervals import STATISTICS
-from tekfac.optimizer import Common, NaturalGradient
-from tekfac.sampling import amount_at
+from tekfac.curvature.blocks import Block, CorrectedBlock, Due
+from tekfac.curvature.damping import Damping
+from tekfac.curvature.factors import KroneckerFactors
+from tekfac.optimizer.intervals import STATISTICS, amount_at
+from tekfac.optimizer.natural_gradient import Common, NaturalGradient
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -29,7 +28,7 @@ class EKFACBlock(CorrectedBlock):
 class EKFAC(NaturalGradient):
     r"""Eigenvalue-corrected Kronecker factorization.
 
-    Per layer (shapes in `tekfac.statistics`)::
+    Per layer (shapes in `curvature.statistics`)::
 
         A ← E[Ω],  G ← E[Γ]                                        every factor_every steps (2.4)
         A = U_A D_A U_Aᵀ,  G = U_G D_G U_Gᵀ                        every basis_every steps (2.6)
@@ -43,7 +42,7 @@ class EKFAC(NaturalGradient):
         scale_every: steps between measurements of the rescaling.
         scale_decay: ε1 of (3.8), in [0, 1): the weight of the past.
         scale_examples: where it takes much work, examples of each batch, the first ones, that the
-            rescaling is measured on, in bfloat16 if that is faster (`tekfac.sampling`). Half as
+            rescaling is measured on, in bfloat16 if that is faster (`curvature.sampling`). Half as
             many if ``scale_every`` is below 10. None for all, as they are.
 
     All other arguments and errors: see `NaturalGradient`.

@@ -16,30 +16,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tekfac.numerics import wide
+
 # Entries of the per-example gradients held at once (4 MiB in float32).
 GRADIENT_ENTRIES = 2**20
 
 # Narrower blocks of columns make slower products.
 TRIANGLE_COLUMNS = 96
-
-
-def square_norms(rows: Tensor) -> Tensor:
-    """``Σ_t ‖x_nt‖²``: traces of ``Σ_t x xᵀ``. ``(G, N, T, d)`` to ``(G, N)``."""
-    if rows.dtype == torch.bfloat16:
-        return squares(rows).sum(dim=(2, 3), dtype=wide(rows.dtype))
-    norms: Tensor = torch.linalg.vector_norm(rows, dim=(2, 3), dtype=wide(rows.dtype))
-    return norms.square_()
-
-
-def squares(values: Tensor) -> Tensor:
-    """Squares, in a type that holds them: that of bfloat16 does, and sums even its rounding out."""
-    wider = values if values.dtype == torch.bfloat16 else values.to(wide(values.dtype))
-    return wider.square()
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """What sums of such numbers are kept in: float32 at least."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def second_moment(rows: Tensor, weights: Tensor | float, total: Tensor | None = None) -> Tensor:
@@ -248,29 +231,6 @@ def overlap(old: Tensor, new: Tensor) -> Tensor:
         rest = (there - squares.sum(2, keepdim=True)).clamp_min_(0) / (d - kept_new)
         squares = torch.cat([squares, rest], dim=2)
     return squares
-
-
-def admitted(
-    finite: Tensor, usable: Tensor | None, decay: float, first: bool
-) -> tuple[Tensor | bool, Tensor | float]:
-    """Whether a batch's sum goes into an average, and with what weight of the past.
-
-    Args:
-        finite: whether the sum is, 0-dimensional.
-        usable: if given, whether the batch may be used at all, 0-dimensional.
-        decay: the weight of the past if it goes in.
-        first: whether there is no average yet: that must be known, and is read from the device.
-
-    Returns:
-        Whether it goes in, as a bool if ``usable`` is not given or there is no average yet; and the
-        weight. If neither is a number, the weight is 1 where the sum, which is then to be made 0,
-        does not go in.
-    """
-    if usable is not None:
-        finite = finite & usable.to(finite.device)
-    if usable is None or first:
-        return bool(finite), decay
-    return finite, torch.where(finite, decay, 1.0)
 
 
 def averaged(old: Tensor | None, new: Tensor, decay: Tensor | float) -> Tensor:

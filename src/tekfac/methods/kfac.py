@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from tekfac.blocks import FactoredBlock
-from tekfac.factors import KroneckerFactors
-from tekfac.optimizer import NaturalGradient
+from tekfac.curvature.blocks import FactoredBlock
+from tekfac.curvature.factors import KroneckerFactors
+from tekfac.optimizer.natural_gradient import NaturalGradient
 
 
 class KFACBlock(FactoredBlock):
@@ -17,7 +17,7 @@ class KFACBlock(FactoredBlock):
 class KFAC(NaturalGradient):
     r"""Kronecker-factored approximate curvature.
 
-    Per layer, with inputs ``a`` and output gradients ``g`` (shapes in `tekfac.statistics`)::
+    Per layer, with inputs ``a`` and output gradients ``g`` (shapes in `curvature.statistics`)::
 
         A ← E[Ω],  G ← E[Γ]                                        every factor_every steps (2.4)
         A = U_A D_A U_Aᵀ,  G = U_G D_G U_Gᵀ                        every basis_every steps (2.6)

@@ -1,0 +1,1 @@
+"""What layers saw, taken from an unchanged training loop, and for whose labels."""

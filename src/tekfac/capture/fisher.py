@@ -1,0 +1,89 @@
+"""Which Fisher matrix: the output gradients from which a layer's statistics come.
+
+The Fisher matrix is ``E[∇log p(y|x) ∇log p(y|x)ᵀ]`` over inputs from the data and labels from the
+*model's* predictive distribution (paper, 2.1). A likelihood says what that distribution is, given
+the network's output; with it, the expectation over labels is estimated by drawing them or taken
+exactly. Labels from the data give the *empirical* Fisher, another matrix.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from tekfac.capture.likelihoods import LIKELIHOODS, Likelihood
+
+
+class Fisher(ABC):
+    """A way of taking the expectation over labels, for outputs of one likelihood."""
+
+    def __init__(self, likelihood: Likelihood) -> None:
+        self.likelihood = likelihood
+
+    @abstractmethod
+    def cotangents(self, output: Tensor) -> Iterator[Tensor]:
+        """Cotangents whose outer products sum to (an estimate of) the expectation over labels."""
+
+
+class ExactFisher(Fisher):
+    """The expectation itself, one backward pass per class (and position, or output entry)."""
+
+    def cotangents(self, output: Tensor) -> Iterator[Tensor]:
+        return self.likelihood.expectation(output)
+
+
+class SampledFisher(Fisher):
+    """Labels drawn from the model's predictive distribution, an unbiased estimate.
+
+    Args:
+        likelihood: the predictive distribution.
+        samples: labels per example, and backward passes.
+        generator: where the draws come from. If None, a generator of its own, seeded by
+            ``torch.initial_seed()``: it follows ``torch.manual_seed`` and leaves the global stream
+            alone.
+    """
+
+    def __init__(
+        self, likelihood: Likelihood, samples: int, generator: torch.Generator | None
+    ) -> None:
+        super().__init__(likelihood)
+        self.samples = samples
+        self.generator = torch.Generator() if generator is None else generator
+        if generator is None:
+            self.generator.manual_seed(torch.initial_seed())
+
+    def cotangents(self, output: Tensor) -> Iterator[Tensor]:
+        for _ in range(self.samples):
+            yield self.likelihood.sample(output, self.generator) / math.sqrt(self.samples)
+
+
+def make_fisher(
+    fisher: str, likelihood: str | Likelihood, samples: int, generator: torch.Generator | None
+) -> Fisher | None:
+    """The Fisher matrix of a name; None for "empirical".
+
+    Raises:
+        TypeError: if ``likelihood`` is neither a name nor a `Likelihood`.
+        ValueError: for an unknown name.
+    """
+    if isinstance(likelihood, str):
+        if likelihood not in LIKELIHOODS:
+            known = ", ".join(map(repr, LIKELIHOODS))
+            raise ValueError(f"likelihood must be one of {known}, got {likelihood!r}")
+        likelihood = LIKELIHOODS[likelihood]
+    elif not isinstance(likelihood, Likelihood):
+        raise TypeError(
+            "likelihood must be a name or a tekfac likelihood such as tekfac.Categorical(), got "
+            f"{likelihood!r}"
+        )
+    if fisher == "mc":
+        return SampledFisher(likelihood, samples, generator)
+    if fisher == "exact":
+        return ExactFisher(likelihood)
+    if fisher == "empirical":
+        return None
+    raise ValueError(f'fisher must be "mc", "exact" or "empirical", got {fisher!r}')

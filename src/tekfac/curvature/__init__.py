@@ -1,0 +1,1 @@
+"""A layer's Fisher matrix: statistics, factors, basis, rescaling and damping."""

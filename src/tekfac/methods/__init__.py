@@ -1,0 +1,1 @@
+"""The four methods of the paper: which factors, which rescaling."""

@@ -1,0 +1,1 @@
+"""The step that all methods share, and what it is made of."""

@@ -1,0 +1,90 @@
+"""The update (3.9): from gradients to natural gradients, and along them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tekfac.curvature.blocks import Block
+from tekfac.curvature.stack import Stack
+from tekfac.optimizer.first_order import decay_weights, multiply
+from tekfac.verdict import Verdict
+
+
+class Preconditioner:
+    """``(F̂ + λ I)⁻¹ ∇h`` of many blocks; of small ones with the same shapes together."""
+
+    def __init__(self) -> None:
+        self._stacks: dict[object, Stack] = {}
+
+    def natural_gradients(
+        self, blocks: Mapping[str, Block], gradients: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """What each block makes of its gradient, ``(G, d_out, d_in)``, by name.
+
+        Args:
+            blocks: those of the names in ``gradients`` among others.
+            gradients: of blocks that have a curvature.
+        """
+        alike: dict[object, list[str]] = {}
+        for name in gradients:
+            stacking = blocks[name].stacking
+            alike.setdefault(name if stacking is None else stacking, []).append(name)
+        result: dict[str, Tensor] = {}
+        for stacking, names in alike.items():
+            members = [blocks[name] for name in names]
+            if len(members) == 1:
+                result[names[0]] = members[0].precondition(gradients[names[0]])
+                continue
+            stack = self._stacks.get(stacking)
+            if stack is None or stack.blocks != members:
+                stack = self._stacks[stacking] = Stack(members)
+            found = stack.precondition([gradients[name] for name in names])
+            result |= zip(names, found, strict=True)
+        return result
+
+
+def clip_of(kl_clip: float, inner: Tensor) -> Tensor:
+    """``min(1, sqrt(kl_clip / Σ lr² ⟨u, ∇h⟩))``, 0-dimensional; ``inner`` is the sum."""
+    return (kl_clip / inner.clamp_min(torch.finfo(inner.dtype).tiny)).sqrt().clamp_max(1)
+
+
+def step_along(
+    directions: Mapping[Tensor, Tensor],
+    state: Mapping[Tensor, dict[str, Any]],
+    group: Mapping[str, Any],
+    wanted: Verdict,
+) -> None:
+    """``v ← momentum · v + u``, ``θ ← θ − lr · v`` (3.9), for natural gradients ``u``.
+
+    Args:
+        directions: ``u`` of parameters of one group.
+        state: a dict for each of them, where ``v`` is kept.
+        group: its settings.
+        wanted: whether to take the step at all.
+    """
+    if not directions:
+        return
+    params = list(directions)
+    steps = _zero_unless(wanted, list(directions.values()))
+    if group["momentum"]:
+        for p in params:
+            if "momentum_buffer" not in state[p]:
+                state[p]["momentum_buffer"] = torch.zeros_like(p)
+        buffers = [state[p]["momentum_buffer"] for p in params]
+        multiply(buffers, group["momentum"], wanted)
+        torch._foreach_add_(buffers, steps)
+        if group["nesterov"]:
+            torch._foreach_add_(steps, buffers, alpha=group["momentum"])
+        else:
+            steps = buffers
+        steps = _zero_unless(wanted, steps)
+    decay_weights(params, group, wanted)
+    torch._foreach_add_(params, steps, alpha=-float(group["lr"]))
+
+
+def _zero_unless(wanted: Verdict, tensors: list[Tensor]) -> list[Tensor]:
+    return [wanted.choose(t, 0) for t in tensors] if wanted.open else tensors
