@@ -16,10 +16,10 @@ import dataclasses
 import statistics
 import warnings
 
-from tekfac.experiments.config import Config
-from tekfac.experiments.data import Dataset
-from tekfac.experiments.errors import Diverged
-from tekfac.experiments.training import Training, Watcher
+from tekfac.data import Dataset
+from tekfac.errors import Diverged
+from tekfac.runs.config import Config
+from tekfac.runs.training import Training, Watcher
 
 LRS = (3e-4, 1e-3, 3e-3)
 DAMPINGS = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)

@@ -28,15 +28,15 @@ import tekfac
 from tekfac.curvature.basis import Basis
 from tekfac.curvature.blocks import Block
 from tekfac.curvature.statistics import carried_over, overlap
-from tekfac.experiments.config import Config
-from tekfac.experiments.errors import Diverged
-from tekfac.experiments.files import markdown, write_text
-from tekfac.experiments.optimizers import METHODS, excluded
-from tekfac.experiments.schedules import Schedule
-from tekfac.experiments.training import Training, Watcher
+from tekfac.errors import Diverged
 from tekfac.methods.tekfac import TEKFACBlock
 from tekfac.methods.tkfac import TKFACBlock
 from tekfac.optimizer import intervals
+from tekfac.runs.config import Config
+from tekfac.runs.files import markdown, write_text
+from tekfac.runs.optimizers import METHODS, excluded
+from tekfac.runs.schedules import Schedule
+from tekfac.runs.training import Training, Watcher
 
 SCHEDULE = Schedule("cosine", warmup=0.3)
 NATURAL = {

@@ -34,9 +34,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import tekfac
-from tekfac.experiments import networks, optimizers
-from tekfac.experiments.config import PRECISIONS
-from tekfac.experiments.errors import InputError
+from tekfac import networks
+from tekfac.errors import InputError
+from tekfac.runs import optimizers
+from tekfac.runs.config import PRECISIONS
 
 NATURAL = {m.__name__.lower(): m for m in (tekfac.KFAC, tekfac.EKFAC, tekfac.TKFAC, tekfac.TEKFAC)}
 NAMES = (*optimizers.METHODS, "shampoo")

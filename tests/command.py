@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
-from tekfac.experiments import commands
+from tekfac.cli import commands
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tekfac.experiments.augmentation import PADDING, crop_and_flip
+from tekfac.data.augmentation import PADDING, crop_and_flip
 
 
 def generator(seed: int = 0) -> torch.Generator:

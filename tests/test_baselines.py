@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from tekfac.experiments import optimizers
-from tekfac.experiments.config import Config
-from tekfac.experiments.data import Dataset, load
-from tekfac.experiments.errors import InputError
-from tekfac.experiments.schedules import Schedule
-from tekfac.experiments.training import Training, Watcher
+from tekfac.data import Dataset, load
+from tekfac.errors import InputError
+from tekfac.runs import optimizers
+from tekfac.runs.config import Config
+from tekfac.runs.schedules import Schedule
+from tekfac.runs.training import Training, Watcher
 
 PACKAGES = {"soap": "heavyball", "muon": "pytorch_optimizer"}
 

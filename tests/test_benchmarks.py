@@ -9,8 +9,8 @@ from types import ModuleType
 import pytest
 import torch
 
-from tekfac.experiments.config import Config
-from tekfac.experiments.optimizers import METHODS
+from tekfac.runs.config import Config
+from tekfac.runs.optimizers import METHODS
 
 SMALL = ["--model", "cnn", "--width", "2", "--batch", "4", "--threads", "1", "--warmup", "2"]
 

@@ -17,8 +17,11 @@ import torch
 
 from command import rows, tekfac, workplace
 from tekfac import cli
-from tekfac.experiments import commands, comparison, plots, presets, runs, training
-from tekfac.experiments.metrics import EpochMetrics
+from tekfac.cli import commands
+from tekfac.paper import presets
+from tekfac.runs import comparison, plots, training
+from tekfac.runs import folder as runs
+from tekfac.runs.metrics import EpochMetrics
 
 FAST = ["--data", "small.npz", "--network", "mlp", "--optimizer", "sgd"]
 FAST += ["--device", "cpu", "--threads", "1"]
@@ -382,7 +385,7 @@ def test_first_interrupt_waits_and_the_second_does_not() -> None:
 def test_without_the_extra_the_command_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.delitem(sys.modules, "tekfac.experiments.commands")
+    monkeypatch.delitem(sys.modules, "tekfac.cli.commands")
     monkeypatch.setitem(sys.modules, "typer", None)
     with pytest.raises(SystemExit) as caught:
         cli.main()

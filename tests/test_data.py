@@ -12,8 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from tekfac.experiments import data
-from tekfac.experiments.errors import InputError
+from tekfac import data
+from tekfac.data import dataset
+from tekfac.errors import InputError
 
 RNG = np.random.default_rng(0)
 
@@ -87,7 +88,7 @@ def test_bytes_stay_bytes_until_they_are_standardised(tmp_path: Path) -> None:
 def test_mean_and_deviation_are_those_of_many_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data, "CHUNK", 5)
+    monkeypatch.setattr(dataset, "CHUNK", 5)
     x_train = RNG.integers(0, 256, (12, 6, 5, 3), dtype=np.uint8)
     loaded = data.load(str(save_npz(tmp_path / "a.npz", x_train=x_train, x_test=x_train[:6])))
     np.testing.assert_allclose(loaded.mean[:, 0, 0], x_train.mean(axis=(0, 1, 2)), rtol=1e-6)

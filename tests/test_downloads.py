@@ -25,8 +25,10 @@ import torch
 from torchvision import datasets
 from typer.testing import CliRunner
 
-from tekfac.experiments import commands, data, downloads
-from tekfac.experiments.errors import InputError
+from tekfac import data
+from tekfac.cli import commands
+from tekfac.data import downloads
+from tekfac.errors import InputError
 
 RNG = np.random.default_rng(0)
 TRAIN, TEST = 10, 4

@@ -10,8 +10,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import tekfac
-from tekfac.experiments import networks
-from tekfac.experiments.errors import InputError
+from tekfac import networks
+from tekfac.errors import InputError
+from tekfac.networks import resnet
 
 CIFAR, MNIST = (3, 32, 32), (1, 28, 28)
 
@@ -99,7 +100,7 @@ def test_acting_in_place_changes_no_gradient(name: str, monkeypatch: pytest.Monk
     x, y = torch.randn(8, *CIFAR), torch.arange(8)
     F.cross_entropy(network(x), y).backward()
     with monkeypatch.context() as patch:
-        patch.setattr(networks.F, "relu", lambda x, inplace: torch.relu(x))
+        patch.setattr(resnet.F, "relu", lambda x, inplace: torch.relu(x))
         F.cross_entropy(plain(x), y).backward()
     for one, other in zip(network.parameters(), plain.parameters(), strict=True):
         assert torch.equal(one.grad, other.grad)

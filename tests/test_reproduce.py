@@ -21,12 +21,19 @@ from torch import nn
 from typer.testing import CliRunner
 
 from command import rows, tekfac, workplace
-from tekfac.experiments import commands, downloads, networks, reproduction, runs, scales, searching
-from tekfac.experiments.config import Config
-from tekfac.experiments.published import TABLE_3, TABLE_4, TABLE_4_CENTRE, TABLE_4_TASK
-from tekfac.experiments.runs import RunFolder
-from tekfac.experiments.scales import CUBES, FORWARD, SCALES, SMALL_GRIDS, WIDTH, gpu_hours
-from tekfac.experiments.training import BatchProgress
+from tekfac import networks
+from tekfac.cli import commands
+from tekfac.data import downloads
+from tekfac.errors import Diverged
+from tekfac.paper import cells, experiments, reproduction, scales
+from tekfac.paper.costs import CUBES, FORWARD, WIDTH, gpu_hours
+from tekfac.paper.published import TABLE_3, TABLE_4, TABLE_4_CENTRE, TABLE_4_TASK
+from tekfac.paper.scales import SCALES, SMALL_GRIDS
+from tekfac.runs import folder as runs
+from tekfac.runs.config import Config
+from tekfac.runs.folder import RunFolder
+from tekfac.runs.training import BatchProgress
+from tekfac.searches import grids
 
 SMOKE = ["--scale", "smoke", "--device", "cpu"]
 # One short cell on a task of the paper.
@@ -201,20 +208,20 @@ def test_cells_that_fail_say_so_and_the_others_are_made(monkeypatch: pytest.Monk
     assert [table[name][0] for name in ("SGD", "Adam")] == ["no trial finished", "diverged"]
     assert re.fullmatch(r"[\d.]+ ± [\d.]+", table["EKFAC"][0])
     assert "| 2 of 2 (2 diverged) |" in Path("r/table3.md").read_text()
-    monkeypatch.setattr(reproduction, "fit", None)
+    monkeypatch.setattr(cells, "fit", None)
     assert "All is done already" in reproduce("table3", *SHORT, *options)
     assert shown(Path("r/table3.md")) == table
 
 
 def test_seeds_that_diverge_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    fit = reproduction.fit
+    fit = cells.fit
 
     def sometimes(folder: RunFolder, *more: Any) -> Any:
         if folder.config.seed == 1:
-            raise reproduction.Diverged("the loss became nan")
+            raise Diverged("the loss became nan")
         return fit(folder, *more)
 
-    monkeypatch.setattr(reproduction, "fit", sometimes)
+    monkeypatch.setattr(cells, "fit", sometimes)
     reproduce("table3", *SHORT, "--optimizers", "sgd", "--grid", "sgd:lr=0.1")
     assert shown(Path("r/table3.md"))["SGD"][0].endswith(" (1 of 2 diverged)")
     assert [row["seeds_diverged"] for row in rows(Path("r/table3.csv"))] == ["1"]
@@ -339,8 +346,8 @@ def test_estimate_is_of_the_networks_operations() -> None:
 
 def test_scales_give_every_optimizer_the_same_number_of_trials() -> None:
     for optimizer, grid in SMALL_GRIDS.items():
-        assert reproduction.size(grid) == scales.SMALL_TRIALS, optimizer
-    assert SCALES["full"].trials == len(searching.PAPER_GRIDS["lr"])
+        assert experiments.size(grid) == scales.SMALL_TRIALS, optimizer
+    assert SCALES["full"].trials == len(grids.PAPER_GRIDS["lr"])
     assert SCALES["full"].protocols.keys() == TABLE_3.keys()
     assert all(list(row) == list(scales.OPTIMIZERS) for row in TABLE_3.values())
     tekfac = TABLE_3[TABLE_4_TASK]["tekfac"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import shlex
 import signal
@@ -20,13 +21,19 @@ import torch
 from torch import nn
 
 from command import rows, tekfac, workplace
-from tekfac.experiments import commands, runs, searching, training
-from tekfac.experiments.config import Config
-from tekfac.experiments.data import Dataset, load
-from tekfac.experiments.errors import InputError
-from tekfac.experiments.metrics import EpochMetrics
-from tekfac.experiments.searching import Outcome, Plan, Search
-from tekfac.experiments.training import BatchProgress, Watcher
+from tekfac.cli import commands
+from tekfac.data import Dataset, load
+from tekfac.errors import InputError
+from tekfac.runs import folder as runs
+from tekfac.runs import training
+from tekfac.runs.config import Config
+from tekfac.runs.metrics import EpochMetrics
+from tekfac.runs.training import BatchProgress, Watcher
+from tekfac.searches import grids
+from tekfac.searches import search as searching
+from tekfac.searches.plan import Plan
+from tekfac.searches.search import Search
+from tekfac.searches.trials import Outcome
 
 TASK = ["--data", "small.npz", "--network", "mlp", "--device", "cpu", "--threads", "1"]
 SEARCH = ["search", *TASK, "--optimizer", "sgd", "--hold-out", "15", "--out", "s"]
@@ -137,7 +144,7 @@ def test_search_takes_its_grid_from_a_file() -> None:
 
 def test_paper_grids() -> None:
     sizes = {
-        method: {key: len(values) for key, values in searching.paper_grid(method, {}).items()}
+        method: {key: len(values) for key, values in grids.paper_grid(method, {}).items()}
         for method in ("sgd", "adam", "kfac", "ekfac", "tkfac", "tekfac")
     }
     assert sizes == {
@@ -148,10 +155,10 @@ def test_paper_grids() -> None:
         "tkfac": {"lr": 10, "nu": 7},
         "tekfac": {"lr": 10, "nu": 7},
     }
-    assert searching.paper_grid("kfac", {"lr": 1}).keys() == {"damping"}
-    assert searching.paper_grid("tekfac", {"nu": 1}).keys() == {"lr"}
+    assert grids.paper_grid("kfac", {"lr": 1}).keys() == {"damping"}
+    assert grids.paper_grid("tekfac", {"nu": 1}).keys() == {"lr"}
     # Constant damping and trace damping take the place of each other.
-    assert searching.paper_grid("tekfac", {"damping": 1}).keys() == {"lr"}
+    assert grids.paper_grid("tekfac", {"damping": 1}).keys() == {"lr"}
 
 
 def test_random_part_of_the_grid_is_fixed_by_the_seed_and_can_grow() -> None:
@@ -217,7 +224,7 @@ def test_diverged_trials_are_recorded_and_do_not_end_the_search() -> None:
 
 def test_hopeless_trials_are_pruned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(searching, "TRIALS_BEFORE_PRUNING", 2)
-    monkeypatch.setattr(searching.random.Random, "shuffle", lambda self, points: None)
+    monkeypatch.setattr(random.Random, "shuffle", lambda self, points: None)
     grid = {"lr": [0.1, 0.2, 1e-9, 0.3]}
     results = search(plan(grid, epochs=6)).results()
     assert [result.outcome for result in results] == [Outcome.FINISHED] * 3 + [Outcome.PRUNED]

@@ -11,8 +11,9 @@ from torch import nn
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
-from tekfac.experiments import data, theorem31
-from tekfac.experiments.commands import app
+from tekfac import data
+from tekfac.cli.commands import app
+from tekfac.paper import theorem31
 
 
 def test_fisher_block_is_the_sum_over_labels() -> None:

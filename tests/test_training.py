@@ -17,15 +17,18 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 import tekfac
-from tekfac.experiments import networks, optimizers, runs, searching
-from tekfac.experiments.config import Config
-from tekfac.experiments.data import Dataset, load
-from tekfac.experiments.errors import Diverged, InputError
-from tekfac.experiments.files import write_atomically
-from tekfac.experiments.metrics import EpochMetrics, epochs_to
-from tekfac.experiments.runs import RunFolder
-from tekfac.experiments.schedules import Schedule
-from tekfac.experiments.training import BatchProgress, Training, Watcher, evaluate, fit
+from tekfac import networks
+from tekfac.data import Dataset, load
+from tekfac.errors import Diverged, InputError
+from tekfac.runs import folder as runs
+from tekfac.runs import optimizers
+from tekfac.runs.config import Config
+from tekfac.runs.files import write_atomically
+from tekfac.runs.folder import RunFolder
+from tekfac.runs.metrics import EpochMetrics, epochs_to
+from tekfac.runs.schedules import Schedule
+from tekfac.runs.training import BatchProgress, Training, Watcher, evaluate, fit
+from tekfac.searches import grids
 
 # Intervals that divide neither an epoch's 4 batches nor one another.
 INTERVALS = {"factor_every": 3, "basis_every": 5}
@@ -676,7 +679,7 @@ def test_rules_take_the_place_of_the_other_kinds_of_damping(data: Dataset) -> No
         optimizer = optimizers.build(name, network, settings, torch.Generator())
         assert optimizer.param_groups[0]["damping"] == tekfac.RelativeDamping(0.1)
     for setting in ("factored_damping", "relative_damping"):
-        assert searching.paper_grid("tekfac", {setting: 0.1}).keys() == {"lr"}
+        assert grids.paper_grid("tekfac", {setting: 0.1}).keys() == {"lr"}
 
 
 def test_nesterov(data: Dataset) -> None:
@@ -689,10 +692,10 @@ def test_nesterov(data: Dataset) -> None:
         settings = optimizers.resolve(name, {"nesterov": True, "momentum": 0.0})
         with pytest.raises(InputError, match=f"^{name}: (?i:nesterov)"):
             optimizers.build(name, network, settings, torch.Generator())
-    grid = searching.read_grid(["nesterov=true,false,true"], "sgd")
+    grid = grids.read_grid(["nesterov=true,false,true"], "sgd")
     assert grid == {"nesterov": [True, False]}
     with pytest.raises(InputError, match="values of type bool"):
-        searching.read_grid(["nesterov=1"], "sgd")
+        grids.read_grid(["nesterov=1"], "sgd")
 
 
 def test_scale_of_fully_connected_layers(data: Dataset) -> None:

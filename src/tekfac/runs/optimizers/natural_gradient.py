@@ -1,0 +1,83 @@
+"""KFAC, EKFAC, TKFAC and TEKFAC."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+import tekfac
+from tekfac.runs.optimizers.method import Method, Settings
+
+# Settings that take the place of `damping`, the constant.
+DAMPING_RULES = {
+    "nu": tekfac.TraceDamping,
+    "factored_damping": tekfac.FactoredDamping,
+    "relative_damping": tekfac.RelativeDamping,
+}
+
+# `first_order_lr` is that of all parameters without a curvature block, e.g. of norm layers. In the
+# digits' networks there are none, so that it is the optimizers' own default, not a tuned one.
+NATURAL_GRADIENT: Settings = {
+    "momentum": 0.9,
+    "nesterov": False,
+    "weight_decay": 0.0,
+    "fisher": "mc",
+    "factor_every": 10,
+    "basis_every": 20,
+    "rank": 512,
+    "first_order_lr": 1e-3,
+}
+
+
+def _natural_gradient(
+    optimizer: Callable[..., Optimizer],
+) -> Callable[[nn.Module, Settings, torch.Generator], Optimizer]:
+    def build(network: nn.Module, settings: Settings, generator: torch.Generator) -> Optimizer:
+        options = dict(settings)
+        options["first_order"] = tekfac.Adam(lr=options.pop("first_order_lr"))
+        for setting, rule in DAMPING_RULES.items():
+            if setting in options:
+                options["damping"] = rule(options.pop(setting))
+        if "fc_scale" in options:
+            # "auto" stays what it is, and whatever else is no number is the optimizer's to refuse.
+            with contextlib.suppress(ValueError):
+                options["fc_scale"] = float(options["fc_scale"])
+        if options["fisher"] == "mc":
+            options["generator"] = generator
+        return optimizer(network, **options)
+
+    return build
+
+
+def _replacing_damping(*settings: str) -> dict[str, str]:
+    return dict.fromkeys(settings, "damping")
+
+
+KFAC = Method(
+    "KFAC",
+    {"lr": 3e-4, "damping": 3e-4, **NATURAL_GRADIENT},
+    _natural_gradient(tekfac.KFAC),
+    _replacing_damping("relative_damping"),
+)
+EKFAC = Method(
+    "EKFAC",
+    {"lr": 1e-4, "damping": 1e-4, **NATURAL_GRADIENT, "scale_every": 10},
+    _natural_gradient(tekfac.EKFAC),
+    _replacing_damping("factored_damping", "relative_damping"),
+)
+TKFAC = Method(
+    "TKFAC",
+    {"lr": 3e-4, "damping": 3e-4, **NATURAL_GRADIENT, "fc_scale": "auto"},
+    _natural_gradient(tekfac.TKFAC),
+    _replacing_damping("nu", "relative_damping"),
+)
+TEKFAC = Method(
+    "TEKFAC",
+    {"lr": 1e-4, "damping": 1e-4, **NATURAL_GRADIENT, "scale_every": 10, "fc_scale": "auto"},
+    _natural_gradient(tekfac.TEKFAC),
+    _replacing_damping(*DAMPING_RULES),
+)

@@ -1,0 +1,1 @@
+"""Searches for an optimizer's best settings over a grid, decided by held-out training images."""
