@@ -22,7 +22,7 @@ EXTRA = {
 def main() -> None:
     """Run the command line; exits with the command's status."""
     try:
-        from tekfac.cli.commands import run
+        from tekfac.cli.app import run
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in EXTRA:
             raise

@@ -18,7 +18,7 @@ from tekfac.runs.config import Config
 from tekfac.runs.files import write_text
 from tekfac.runs.folder import CONFIG, METRICS, Busy, RunFolder, read_metrics
 from tekfac.runs.metrics import History
-from tekfac.runs.optimizers import has_setting
+from tekfac.runs.optimizers import has_setting, read_settings
 from tekfac.runs.training import Watcher, check, fit
 from tekfac.searches.grids import Point
 from tekfac.searches.plan import Plan
@@ -251,6 +251,7 @@ def _finished(path: Path, wanted: Config) -> History | None:
         return None
     try:
         there = json.loads((path / CONFIG).read_text())
+        there = {**there, "settings": read_settings(there.get("settings", {}))}
         here = json.loads(json.dumps(wanted.to_dict()))
         for key in here:
             if there.get(key) != here[key]:

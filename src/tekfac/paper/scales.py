@@ -29,7 +29,7 @@ SMALL_GRIDS: Mapping[str, Grid] = {
     "kfac": {"lr": (1e-3, 3e-3), "relative_damping": (3e-4, 1e-3, 3e-3)},
     "ekfac": {"lr": (1e-3, 3e-3), "relative_damping": (3e-4, 1e-3, 3e-3)},
     "tkfac": {"lr": (1e-3, 3e-3), "relative_damping": (3e-4, 1e-3, 3e-3)},
-    "tekfac": {"lr": (3e-3, 6e-3), "relative_damping": (1e-3, 2e-3, 4e-3), "fc_scale": ("4",)},
+    "tekfac": {"lr": (3e-3, 6e-3), "relative_damping": (1e-3, 2e-3, 4e-3), "fc_scale": (4.0,)},
 }
 # Near what suits the digits, so that a test sees learning.
 SMOKE_GRIDS: Mapping[str, Grid] = {

@@ -6,19 +6,24 @@ import dataclasses
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
 from tekfac import data, networks
-from tekfac.data import Dataset
+from tekfac.data import DATA_DIR, DOWNLOADS, NAMED, Dataset
 from tekfac.errors import InputError
 from tekfac.runs import optimizers
+from tekfac.runs.options import Option
 from tekfac.runs.schedules import Schedule
 
 # Types that layers may compute in. The range of bfloat16 is float32's; that of float16 is so small
 # that the loss must be scaled.
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# In help, what the defaults of augment and width are.
+AUGMENTED = " and ".join(name for name, each in DOWNLOADS.items() if each.augment)
+WIDTHS = ", ".join(f"{each.width} for {name}" for name, each in networks.NETWORKS.items())
 
 
 @dataclass(frozen=True)
@@ -59,25 +64,70 @@ class Config:
         InputError: if a value cannot be used, before anything is loaded or written.
     """
 
-    data: str = "digits"
-    image_size: int | None = None
-    data_dir: str | None = None
-    limit_train: int | None = None
-    hold_out: int | None = None
-    augment: bool | None = None
-    network: str = "cnn"
-    width: int | None = None
+    data: Annotated[
+        str,
+        Option(
+            f"{', '.join(NAMED)}, an .npz file (x_train, y_train, x_test, y_test), or a "
+            "folder of pictures."
+        ),
+    ] = "digits"
+    image_size: Annotated[
+        int | None,
+        Option("Pixels to which an image folder's pictures are resized.", default="32"),
+    ] = None
+    data_dir: Annotated[
+        str | None,
+        Option(
+            f"Folder of {', '.join(DOWNLOADS)}, which are downloaded into it if they are not "
+            "there.",
+            default=f"{DATA_DIR}",
+        ),
+    ] = None
+    limit_train: Annotated[int | None, Option("Train on the first so many images only.")] = None
+    hold_out: Annotated[
+        int | None,
+        Option(
+            "Do not train on so many of the training images, and test on them in place of the "
+            "test images."
+        ),
+    ] = None
+    augment: Annotated[
+        bool | None,
+        Option(
+            "Train on random crops (4 pixels of padding) and horizontal flips.",
+            default=f"as the paper, for {AUGMENTED}",
+        ),
+    ] = None
+    network: Annotated[str, Option(f"{', '.join(networks.NETWORKS)}.")] = "cnn"
+    width: Annotated[
+        int | None,
+        Option(
+            "Channels of the network's first convolutions, or an mlp's hidden units; deeper ones "
+            "are in proportion.",
+            default=WIDTHS,
+        ),
+    ] = None
     optimizer: str = "tekfac"
     settings: Mapping[str, Any] = field(default_factory=dict)
-    epochs: int = 12
-    batch_size: int = 64
+    epochs: Annotated[int, Option()] = 12
+    batch_size: Annotated[int, Option()] = 64
     schedule: Schedule = field(default_factory=Schedule)
-    seed: int = 0
-    device: str = "cpu"
-    precision: str = "fp32"
-    compile: bool = False
-    tensorboard: bool = False
-    threads: int = 1
+    seed: Annotated[
+        int, Option("Fixes initial weights, data order, augmentation and sampled labels.")
+    ] = 0
+    device: Annotated[str, Option("cpu, cuda, ...", default="cuda if there is one")] = "cpu"
+    precision: Annotated[
+        str,
+        Option(
+            f"{', '.join(PRECISIONS)}: what layers compute in; parameters are float32 in any "
+            "case, and fp16 has its loss scaled."
+        ),
+    ] = "fp32"
+    compile: Annotated[bool, Option("Train with torch.compile's form of the network.")] = False
+    tensorboard: Annotated[
+        bool, Option("Write TensorBoard's event files, too, into run folders.")
+    ] = False
+    threads: Annotated[int, Option("CPU threads.", default="torch's, 1 for digits")] = 1
 
     def __post_init__(self) -> None:
         for name in (
@@ -144,14 +194,20 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Config:
-        """The configuration that ``to_dict`` gave.
+        """The configuration that ``to_dict`` gave, in which settings may have been text once.
 
         Raises:
             InputError: if a name is unknown or a value cannot be used.
         """
         try:
-            return cls(**{**values, "schedule": Schedule(**values["schedule"])})
-        except (KeyError, TypeError) as error:
+            parts = {
+                "schedule": Schedule(**values["schedule"]),
+                "settings": optimizers.read_settings(values.get("settings", {})),
+            }
+            return cls(**{**values, **parts})
+        except InputError:
+            raise
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"not a run's configuration: {error}") from error
 
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 from tekfac.errors import InputError
+from tekfac.runs.options import Option
 
 SCHEDULES = ("constant", "cosine", "step")
 STEP_EVERY = 20
@@ -31,10 +33,16 @@ class Schedule:
         InputError: if a value is out of range, or a setting does nothing for this schedule.
     """
 
-    name: str = "constant"
-    warmup: float = 0.0
-    step_every: int | None = None
-    step_factor: float | None = None
+    name: Annotated[
+        str, Option(f"Learning rate over time: {', '.join(SCHEDULES)}.", name="schedule")
+    ] = "constant"
+    warmup: Annotated[float, Option("Epochs of linear warm-up.")] = 0.0
+    step_every: Annotated[
+        int | None, Option("Epochs between steps of --schedule step.", default=f"{STEP_EVERY}")
+    ] = None
+    step_factor: Annotated[
+        float | None, Option("Factor of each such step.", default=f"{STEP_FACTOR}")
+    ] = None
 
     def __post_init__(self) -> None:
         if self.name not in SCHEDULES:

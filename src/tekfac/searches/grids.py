@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tekfac.errors import InputError
-from tekfac.runs.optimizers import METHODS, excluded, has_setting, resolve
+from tekfac.runs.optimizers import METHODS, SETTINGS, excluded, has_setting, resolve
 
 # The paper's grids: of the learning rate, of λ, and of ν.
 PAPER_GRIDS: Mapping[str, tuple[float, ...]] = {
@@ -14,8 +14,6 @@ PAPER_GRIDS: Mapping[str, tuple[float, ...]] = {
     "damping": (1e-8, 1e-6, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
     "nu": (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0),
 }
-
-BOOLEANS = {"true": True, "false": False}
 
 Point = Mapping[str, Any]
 Grid = Mapping[str, Sequence[Any]]
@@ -40,14 +38,15 @@ def read_grid(texts: Sequence[str], method: str) -> Grid:
             )
         if key in grid:
             raise InputError(f"--grid {text!r}: {key} is there twice; give all its values at once")
-        kind = type(defaults[alternatives.get(key, key)])
-        read = BOOLEANS.__getitem__ if kind is bool else kind
+        setting = SETTINGS[key]
         try:
-            grid[key] = list(dict.fromkeys(read(value.strip()) for value in values.split(",")))
-        except (ValueError, KeyError):
+            read = [setting.read(value.strip()) for value in values.split(",")]
+        except ValueError:
             raise InputError(
-                f"--grid {text!r} must be SETTING=VALUE,... with values of type {kind.__name__}"
+                f"--grid {text!r} must be SETTING=VALUE,... with values of type "
+                f"{setting.type.__name__}"
             ) from None
+        grid[key] = list(dict.fromkeys(read))
     return grid
 
 

@@ -29,6 +29,7 @@ from tekfac.runs.config import Config
 from tekfac.runs.files import markdown, write_csv, write_text
 from tekfac.runs.folder import CONFIG, Busy, RunFolder
 from tekfac.runs.metrics import EpochMetrics, History
+from tekfac.runs.optimizers import SETTINGS, read_settings
 from tekfac.runs.training import BatchProgress, Watcher, fit
 from tekfac.searches.grids import Point
 from tekfac.searches.plan import Plan
@@ -99,7 +100,7 @@ class Search:
         while (claim := self._claim()) is not None:
             trial, folder = claim
             with folder:
-                watcher = watch(trial.number + 1, len(self._points), trial.params)
+                watcher = watch(trial.number + 1, len(self._points), read_settings(trial.params))
                 self._carry_out(trial, folder, watcher)
                 folder.drop_checkpoint()
             report(result_of(self._study.trials[trial.number]))
@@ -192,12 +193,12 @@ class Search:
         with self._lock:
             for left in self._study.get_trials(False, [TrialState.RUNNING]):
                 try:
-                    folder = self._folder(left.params)
+                    folder = self._folder(read_settings(left.params))
                 except Busy:
                     continue
                 return optuna.Trial(self._study, left._trial_id), folder
             if not self._study.get_trials(False, [TrialState.WAITING]):
-                begun = [trial.params for trial in self._study.get_trials(False)]
+                begun = [read_settings(trial.params) for trial in self._study.get_trials(False)]
                 point = next((each for each in self._points if each not in begun), None)
                 if point is None:
                     return None
@@ -213,7 +214,7 @@ class Search:
                     )
                 )
             trial = self._study.ask()
-            return trial, self._folder(trial.params)
+            return trial, self._folder(read_settings(trial.params))
 
     def _folder(self, point: Point) -> RunFolder:
         name = ",".join(f"{key}={as_text(value)}" for key, value in point.items())
@@ -306,7 +307,8 @@ def _refuse_foreign(path: Path) -> None:
 def _refuse_other(path: Path, wanted: Mapping[str, Any]) -> None:
     """Raise if the folder's plan is not the one wanted, and say what differs first."""
     try:
-        there = _leaves(json.loads((path / PLAN).read_text()))
+        leaves = _leaves(json.loads((path / PLAN).read_text()))
+        there = {name: _in_its_type(name, value) for name, value in leaves.items()}
     except ValueError as error:
         raise InputError(f"{path / PLAN} is not valid JSON: {error}") from error
     # Read back, for lists and tuples are one in JSON.
@@ -317,6 +319,16 @@ def _refuse_other(path: Path, wanted: Mapping[str, Any]) -> None:
                 f"{path} holds another search, {key} {there.get(key)} instead of {here.get(key)}: "
                 "continue it with the options that it was begun with, or give another --out"
             )
+
+
+def _in_its_type(name: str, value: object) -> object:
+    """A value of a plan, of which settings may have been kept as text once."""
+    setting = SETTINGS.get(name.rpartition(".")[2])
+    if setting is None:
+        return value
+    return (
+        [setting.read(each) for each in value] if isinstance(value, list) else setting.read(value)
+    )
 
 
 def _leaves(value: object, name: str = "") -> dict[str, object]:

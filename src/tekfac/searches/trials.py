@@ -8,6 +8,7 @@ from enum import Enum
 from optuna.trial import FrozenTrial, TrialState
 
 from tekfac.runs.metrics import EpochMetrics
+from tekfac.runs.optimizers import read_settings
 from tekfac.searches.grids import Point
 
 # Names of trials' attributes in the journal.
@@ -52,7 +53,7 @@ def result_of(trial: FrozenTrial) -> Result:
         outcome = Outcome.RUNNING
     else:
         outcome = Outcome.PRUNED if reason is None else Outcome.DIVERGED
-    return Result(trial.params, outcome, metrics, reason)
+    return Result(read_settings(trial.params), outcome, metrics, reason)
 
 
 def rank(result: Result) -> tuple[bool, bool, float, float]:

@@ -1,6 +1,7 @@
 """Optimizers by name: the natural-gradient methods, and what they are compared with.
 
-A file for each kind, and a line for each optimizer in ``registry.METHODS``.
+A file for each kind, a line for each optimizer in ``registry.METHODS``, and for a setting that none
+has had yet one in ``settings``.
 """
 
 from tekfac.runs.optimizers.method import Method
@@ -12,5 +13,17 @@ from tekfac.runs.optimizers.registry import (
     has_setting,
     resolve,
 )
+from tekfac.runs.optimizers.settings import SETTINGS, Settings, read_settings
 
-__all__ = ["METHODS", "STANDARD", "Method", "build", "excluded", "has_setting", "resolve"]
+__all__ = [
+    "METHODS",
+    "SETTINGS",
+    "STANDARD",
+    "Method",
+    "Settings",
+    "build",
+    "excluded",
+    "has_setting",
+    "read_settings",
+    "resolve",
+]

@@ -6,14 +6,14 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from tekfac.runs.optimizers.method import Method, Settings
+from tekfac.runs.optimizers.method import Method, Values
 
 
-def _sgd(network: nn.Module, settings: Settings, generator: torch.Generator) -> Optimizer:
+def _sgd(network: nn.Module, settings: Values, generator: torch.Generator) -> Optimizer:
     return torch.optim.SGD(network.parameters(), **settings)
 
 
-def _adam(network: nn.Module, settings: Settings, generator: torch.Generator) -> Optimizer:
+def _adam(network: nn.Module, settings: Values, generator: torch.Generator) -> Optimizer:
     # AdamW is Adam with decoupled weight decay, as the natural-gradient optimizers have it.
     options = dict(settings)
     betas = (options.pop("beta1"), 0.999)

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from tekfac.checks import check_count, check_decay, check_not_negative
 
-Settings = Mapping[str, Any]
+Values = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,13 @@ class Method:
     """
 
     label: str
-    defaults: Settings
-    build: Callable[[nn.Module, Settings, torch.Generator], Optimizer]
+    defaults: Values
+    build: Callable[[nn.Module, Values, torch.Generator], Optimizer]
     alternatives: Mapping[str, str] = field(default_factory=dict)
     package: str | None = None
 
 
-def check_settings(settings: Settings) -> None:
+def check_settings(settings: Values) -> None:
     """Raise ValueError for a value out of the range that settings of its name have."""
     for key, value in settings.items():
         if key in ("momentum", "beta1", "beta2"):

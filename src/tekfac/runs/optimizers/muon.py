@@ -6,10 +6,10 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from tekfac.runs.optimizers.method import Method, Settings, check_settings
+from tekfac.runs.optimizers.method import Method, Values, check_settings
 
 
-def _muon(network: nn.Module, settings: Settings, generator: torch.Generator) -> Optimizer:
+def _muon(network: nn.Module, settings: Values, generator: torch.Generator) -> Optimizer:
     import pytorch_optimizer
 
     check_settings(settings)  # its own errors are of no common type

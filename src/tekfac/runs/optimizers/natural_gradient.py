@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 
 import torch
@@ -10,9 +9,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 import tekfac
-from tekfac.runs.optimizers.method import Method, Settings
+from tekfac.runs.optimizers.method import Method, Values
 
-# Settings that take the place of `damping`, the constant.
+# Values that take the place of `damping`, the constant.
 DAMPING_RULES = {
     "nu": tekfac.TraceDamping,
     "factored_damping": tekfac.FactoredDamping,
@@ -21,7 +20,7 @@ DAMPING_RULES = {
 
 # `first_order_lr` is that of all parameters without a curvature block, e.g. of norm layers. In the
 # digits' networks there are none, so that it is the optimizers' own default, not a tuned one.
-NATURAL_GRADIENT: Settings = {
+NATURAL_GRADIENT: Values = {
     "momentum": 0.9,
     "nesterov": False,
     "weight_decay": 0.0,
@@ -35,17 +34,13 @@ NATURAL_GRADIENT: Settings = {
 
 def _natural_gradient(
     optimizer: Callable[..., Optimizer],
-) -> Callable[[nn.Module, Settings, torch.Generator], Optimizer]:
-    def build(network: nn.Module, settings: Settings, generator: torch.Generator) -> Optimizer:
+) -> Callable[[nn.Module, Values, torch.Generator], Optimizer]:
+    def build(network: nn.Module, settings: Values, generator: torch.Generator) -> Optimizer:
         options = dict(settings)
         options["first_order"] = tekfac.Adam(lr=options.pop("first_order_lr"))
         for setting, rule in DAMPING_RULES.items():
             if setting in options:
                 options["damping"] = rule(options.pop(setting))
-        if "fc_scale" in options:
-            # "auto" stays what it is, and whatever else is no number is the optimizer's to refuse.
-            with contextlib.suppress(ValueError):
-                options["fc_scale"] = float(options["fc_scale"])
         if options["fisher"] == "mc":
             options["generator"] = generator
         return optimizer(network, **options)

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from tekfac.errors import InputError
 from tekfac.runs.optimizers.first_order import ADAM, SGD
-from tekfac.runs.optimizers.method import Method, Settings
+from tekfac.runs.optimizers.method import Method, Values
 from tekfac.runs.optimizers.muon import MUON
 from tekfac.runs.optimizers.natural_gradient import EKFAC, KFAC, TEKFAC, TKFAC
 from tekfac.runs.optimizers.soap import SOAP
@@ -50,7 +50,7 @@ def has_setting(name: str, key: str) -> bool:
 
 
 def excluded(name: str, given: Collection[str]) -> set[str]:
-    """Settings of the method ``name`` that cannot stand beside those given, for they replace one
+    """Values of the method ``name`` that cannot stand beside those given, for they replace one
     another."""
     alternatives = METHODS[name].alternatives
     found: set[str] = set()
@@ -61,7 +61,7 @@ def excluded(name: str, given: Collection[str]) -> set[str]:
     return found
 
 
-def resolve(name: str, given: Settings) -> dict[str, Any]:
+def resolve(name: str, given: Values) -> dict[str, Any]:
     """Complete settings of the method ``name``: those given, and defaults for the others.
 
     Raises:
@@ -94,9 +94,7 @@ def resolve(name: str, given: Settings) -> dict[str, Any]:
     return settings
 
 
-def build(
-    name: str, network: nn.Module, settings: Settings, generator: torch.Generator
-) -> Optimizer:
+def build(name: str, network: nn.Module, settings: Values, generator: torch.Generator) -> Optimizer:
     """The optimizer ``name`` with complete settings.
 
     Raises:

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from tekfac.runs.optimizers.method import Method, Settings, check_settings
+from tekfac.runs.optimizers.method import Method, Values, check_settings
 
 
-def _soap(network: nn.Module, settings: Settings, generator: torch.Generator) -> Optimizer:
+def _soap(network: nn.Module, settings: Values, generator: torch.Generator) -> Optimizer:
     import heavyball
 
     check_settings(settings)  # it checks nothing by itself

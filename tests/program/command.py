@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import csv
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
-from tekfac.cli import commands
+from tekfac.cli.app import app
 
 
 @pytest.fixture
@@ -30,7 +33,27 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def tekfac(*arguments: str) -> Result:
-    return CliRunner().invoke(commands.app, list(arguments))
+    return CliRunner().invoke(app, list(arguments))
+
+
+# Where the tests run in the background, the system has processes ignore Ctrl-C.
+PROGRAM = """\
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from tekfac.cli import main
+main()
+"""
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    """The command in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
 
 
 def rows(path: Path) -> list[dict[str, str]]:

@@ -8,8 +8,6 @@ import random
 import re
 import shlex
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -20,14 +18,15 @@ import pytest
 import torch
 from torch import nn
 
-from command import rows, tekfac, workplace
-from tekfac.cli import commands
+from command import rows, start, tekfac, workplace
+from tekfac.cli.configuration import arguments
 from tekfac.data import Dataset, load
 from tekfac.errors import InputError
 from tekfac.runs import folder as runs
 from tekfac.runs import training
 from tekfac.runs.config import Config
 from tekfac.runs.metrics import EpochMetrics
+from tekfac.runs.schedules import Schedule
 from tekfac.runs.training import BatchProgress, Watcher
 from tekfac.searches import grids
 from tekfac.searches import search as searching
@@ -119,14 +118,14 @@ def test_printed_command_is_complete() -> None:
         settings={"damping": 0.3, "fisher": "empirical", "scale_every": 3},
         limit_train=50,
         augment=True,
-        schedule=commands.Schedule("step", warmup=0.5, step_every=2, step_factor=0.3),
+        schedule=Schedule("step", warmup=0.5, step_every=2, step_factor=0.3),
         batch_size=20,
         epochs=1,
         seed=4,
         precision="bf16",
         tensorboard=True,
     )
-    assert tekfac("train", *commands._arguments(config), "--out", "run").exit_code == 0
+    assert tekfac("train", *arguments(config), "--out", "run").exit_code == 0
     assert Config.from_dict(json.loads(Path("run", runs.CONFIG).read_text())) == config
 
 
@@ -293,15 +292,6 @@ def test_process_that_dies_between_two_writes(
     results = search(plan(grid)).results()
     assert sorted(result.settings["lr"] for result in results) == [0.05, 0.1, 0.2]
     assert {result.outcome for result in results} == {Outcome.FINISHED}
-
-
-def start(*arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", "from tekfac.cli import main; main()", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 def wait_for_trials(count: int) -> None:

@@ -701,7 +701,7 @@ def test_nesterov(data: Dataset) -> None:
 def test_scale_of_fully_connected_layers(data: Dataset) -> None:
     network = networks.build("mlp", data.image_shape, data.classes)
     for name in ("tkfac", "tekfac"):
-        for given, expected in ({}, "auto"), ({"fc_scale": "auto"}, "auto"), ({"fc_scale": "4"}, 4):
+        for given, expected in ({}, "auto"), ({"fc_scale": "auto"}, "auto"), ({"fc_scale": 4.0}, 4):
             settings = optimizers.resolve(name, given)
             optimizer = optimizers.build(name, network, settings, torch.Generator())
             assert optimizer.fc_scale == expected

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,13 +14,15 @@ import numpy as np
 import pytest
 import torch
 
-from command import rows, tekfac, workplace
+from command import rows, start, tekfac, workplace
 from tekfac import cli
-from tekfac.cli import commands
+from tekfac.cli.progress import Interruption
 from tekfac.paper import presets
 from tekfac.runs import comparison, plots, training
 from tekfac.runs import folder as runs
+from tekfac.runs.config import Config
 from tekfac.runs.metrics import EpochMetrics
+from tekfac.runs.optimizers import METHODS
 
 FAST = ["--data", "small.npz", "--network", "mlp", "--optimizer", "sgd"]
 FAST += ["--device", "cpu", "--threads", "1"]
@@ -46,7 +47,7 @@ def test_train_without_options_learns_the_digits() -> None:
         "lr",
         "seconds",
     ]
-    assert [int(row["epoch"]) for row in metrics] == list(range(1, commands.Config.epochs + 1))
+    assert [int(row["epoch"]) for row in metrics] == list(range(1, Config.epochs + 1))
     assert float(metrics[-1]["test_accuracy"]) > 0.95
     assert f"test accuracy {100 * float(metrics[-1]['test_accuracy']):.2f} %" in result.output
     config = json.loads((folder / runs.CONFIG).read_text())
@@ -138,7 +139,7 @@ def test_preset_is_the_papers_protocol_and_options_override_it() -> None:
 )
 def test_presets_are_complete(name: str, data: str, every: int, epochs: int, augment: bool) -> None:
     preset = presets.PRESETS[name]
-    config = commands.Config(**preset.task, schedule=preset.schedule, settings=preset.settings)
+    config = Config(**preset.task, schedule=preset.schedule, settings=preset.settings)
     assert (config.data, config.epochs, config.augment) == (data, epochs, augment)
     assert (config.schedule.name, config.schedule.step_every) == ("step", every)
     assert (config.network, config.width, config.batch_size) == ("resnet20", 64, 128)
@@ -325,15 +326,6 @@ def test_interrupted_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Path("my run", runs.CURVES).exists()
 
 
-def start(*arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", "from tekfac.cli import main; main()", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
 def wait_for(path: Path, lines: int) -> None:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
@@ -371,7 +363,9 @@ def test_signals_to_a_real_process_lose_at_most_the_epoch_in_flight() -> None:
 
 
 def test_first_interrupt_waits_and_the_second_does_not() -> None:
-    interruption = commands.Interruption()
+    # Ctrl-C as in the foreground, wherever the tests run.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    interruption = Interruption()
     try:
         signal.raise_signal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
@@ -379,13 +373,13 @@ def test_first_interrupt_waits_and_the_second_does_not() -> None:
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     finally:
-        interruption.close()
+        signal.signal(signal.SIGINT, before)
 
 
 def test_without_the_extra_the_command_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.delitem(sys.modules, "tekfac.cli.commands")
+    monkeypatch.delitem(sys.modules, "tekfac.cli.app")
     monkeypatch.setitem(sys.modules, "typer", None)
     with pytest.raises(SystemExit) as caught:
         cli.main()
@@ -404,7 +398,7 @@ def test_compare_makes_picture_and_table_and_reuses_its_runs() -> None:
     table = rows(Path("both", comparison.TABLE_CSV))
     assert [(row["optimizer"], row["lr"]) for row in table] == [
         ("SGD", "0.02"),
-        ("Adam", f"{commands.METHODS['adam'].defaults['lr']:g}"),
+        ("Adam", f"{METHODS['adam'].defaults['lr']:g}"),
     ]
     assert "epochs to 50 %" in table[0]
     markdown = Path("both", comparison.TABLE_MARKDOWN).read_text().splitlines()

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from typer.testing import CliRunner
 
 from tekfac import data
-from tekfac.cli.commands import app
+from tekfac.cli.app import app
 from tekfac.paper import theorem31
 
 

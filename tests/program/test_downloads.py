@@ -26,7 +26,7 @@ from torchvision import datasets
 from typer.testing import CliRunner
 
 from tekfac import data
-from tekfac.cli import commands
+from tekfac.cli.app import app
 from tekfac.data import downloads
 from tekfac.errors import InputError
 
@@ -280,9 +280,9 @@ def test_folder_for_data_that_need_none(tmp_path: Path) -> None:
 def test_training_on_downloaded_images_from_the_command_line(sets: Sets) -> None:
     options = "train --data cifar10 --data-dir kept --network resnet20 --width 2 --optimizer sgd "
     options += "--limit-train 5 --epochs 1 --device cpu --threads 1 --out run"
-    result = CliRunner().invoke(commands.app, options.split())
+    result = CliRunner().invoke(app, options.split())
     assert result.exit_code == 0, result.output
     sets.go_offline()
-    result = CliRunner().invoke(commands.app, ["train", "--resume", "run", "--epochs", "2"])
+    result = CliRunner().invoke(app, ["train", "--resume", "run", "--epochs", "2"])
     assert result.exit_code == 0, result.output
     assert "after 2 epochs; run in run" in result.output

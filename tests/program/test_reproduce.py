@@ -8,8 +8,6 @@ import random
 import re
 import signal
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -20,9 +18,11 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from command import rows, tekfac, workplace
+from command import rows, start, tekfac, workplace
 from tekfac import networks
-from tekfac.cli import commands
+from tekfac.cli import progress
+from tekfac.cli import reproduce as command
+from tekfac.cli.app import app
 from tekfac.data import downloads
 from tekfac.errors import Diverged
 from tekfac.paper import cells, experiments, reproduction, scales
@@ -241,12 +241,12 @@ def test_run_of_another_process_is_left_to_it() -> None:
 
 
 def test_trial_of_another_process_is_left_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Interrupting(commands.Bar):
+    class Interrupting(progress.Bar):
         def on_batch(self, progress: BatchProgress) -> None:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(commands, "Bar", Interrupting)
+        patch.setattr(command, "Bar", Interrupting)
         result = tekfac("reproduce", "table3", *SHORT, *SGD)
     assert (result.exit_code, result.stderr) == (
         130,
@@ -258,16 +258,6 @@ def test_trial_of_another_process_is_left_to_it(monkeypatch: pytest.MonkeyPatch)
         assert shown(Path("r/table3.md"))["SGD"][0] == "not done yet"
     reproduce("table3", *SHORT, *SGD)
     assert len(list(Path("r").glob("**/seed*/metrics.csv"))) == 2
-
-
-def start(*arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", "from tekfac.cli import main; main()", "reproduce", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
 
 
 def wait_for(pattern: str) -> None:
@@ -282,12 +272,12 @@ def test_killed_and_shared_commands_end_with_the_table_of_an_undisturbed_one() -
     reproduce(*command[:-1], "whole")
     chance = random.Random(0)
     for pattern in ("**/trials/*/metrics.csv", "**/seed*/config.json"):
-        killed = start(*command)
+        killed = start("reproduce", *command)
         wait_for(pattern)
         time.sleep(chance.uniform(0, 0.2))
         killed.send_signal(signal.SIGKILL)
         killed.communicate(timeout=60)
-    pair = [start(*command) for _ in range(2)]
+    pair = [start("reproduce", *command) for _ in range(2)]
     outputs = [process.communicate(timeout=120) for process in pair]
     assert [process.returncode for process in pair] == [0, 0], outputs
     assert shown(Path("r/table3.md")) == shown(Path("whole/table3.md"))
@@ -309,9 +299,9 @@ def test_full_scale_tells_its_cost_and_asks(monkeypatch: pytest.MonkeyPatch) -> 
     assert "An estimate, from operation counts" in result.output
     assert result.stderr == "tekfac: so much work is not begun without --yes\n"
     assert not Path("r").exists()
-    monkeypatch.setattr(commands, "_interactive", lambda: True)
+    monkeypatch.setattr(command, "_interactive", lambda: True)
     for answer, done in (("n\n", False), ("y\n", True)):
-        result = CliRunner().invoke(commands.app, ["reproduce", "table3", *full], input=answer)
+        result = CliRunner().invoke(app, ["reproduce", "table3", *full], input=answer)
         assert (result.exit_code, Path("r/table3.md").exists()) == (0, done), result.output
     assert "All is done already" in reproduce("table3", *full)
 

@@ -17,7 +17,7 @@ SMALL = ["--model", "cnn", "--width", "2", "--batch", "4", "--threads", "1", "--
 
 @pytest.fixture
 def step(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(Path(__file__).parent.parent)
+    monkeypatch.syspath_prepend(Path(__file__).parents[2])
     return importlib.import_module("benchmarks.step")
 
 
@@ -100,7 +100,7 @@ def test_bad_options(
 
 @pytest.fixture
 def lead(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(Path(__file__).parent.parent)
+    monkeypatch.syspath_prepend(Path(__file__).parents[2])
     return importlib.import_module("benchmarks.lead")
 
 
