@@ -18,11 +18,12 @@ from tekfac.cli.configuration import (
     configuration,
 )
 from tekfac.cli.console import INTERRUPTED, console, fail, print_table
-from tekfac.cli.options import command, option
+from tekfac.cli.options import command
 from tekfac.cli.progress import Bar
 from tekfac.errors import InputError
 from tekfac.runs import comparison
 from tekfac.runs.optimizers import STANDARD, has_setting
+from tekfac.runs.options import flag
 from tekfac.runs.training import check
 
 
@@ -68,7 +69,7 @@ def compare(
         configs[name] = configuration(name, {**own, **rates.get(name, {})}, task, schedule, preset)
     for key in settings.values:
         if not any(has_setting(name, key) for name in names):
-            raise InputError(f"{option(key)} does nothing with {', '.join(names)}")
+            raise InputError(f"{flag(key)} does nothing with {', '.join(names)}")
     first = configs[names[0]]
     dataset = first.load_data()
     for config in configs.values():

@@ -9,13 +9,13 @@ from typing import Annotated, Any
 
 import typer
 
-from tekfac.cli.options import Given, Panel, option
+from tekfac.cli.options import Given, Panel
 from tekfac.networks import NETWORKS
 from tekfac.paper import presets
 from tekfac.paper.presets import PRESETS
 from tekfac.runs.config import Config, default_device, default_threads
 from tekfac.runs.optimizers import METHODS, Settings, has_setting
-from tekfac.runs.options import declarations
+from tekfac.runs.options import declarations, flag
 from tekfac.runs.schedules import Schedule
 
 # Where commands put what they are given no folder for.
@@ -100,7 +100,7 @@ def arguments(config: Config) -> list[str]:
         if value is None or value == defaults.get(name):
             continue
         if isinstance(value, bool):
-            result.append(option(name) if value else option(f"no_{name}"))
+            result.append(flag(name) if value else flag(f"no_{name}"))
         else:
-            result += [option(name), str(value)]
+            result += [flag(name), str(value)]
     return result

@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 
 from tekfac.errors import InputError
+from tekfac.runs.options import flag
 
 
 def read(path: Path, known: Collection[str], repeatable: Collection[str]) -> dict[str, object]:
@@ -35,7 +36,7 @@ def read(path: Path, known: Collection[str], repeatable: Collection[str]) -> dic
     for name, value in content.items():
         key = str(name).lstrip("-").replace("-", "_")
         if key not in known:
-            raise InputError(f"{path}: there is no option --{key.replace('_', '-')}")
+            raise InputError(f"{path}: there is no option {flag(key)}")
         if value is None:
             continue
         if key in repeatable:

@@ -14,7 +14,7 @@ import typer
 
 from tekfac.cli import option_files
 from tekfac.cli.console import plain_errors
-from tekfac.runs.options import Declaration, declarations
+from tekfac.runs.options import Declaration, declarations, flag
 
 T = TypeVar("T")
 
@@ -100,11 +100,6 @@ def given(context: typer.Context) -> set[str]:
     return names - {CONFIG_FILE}
 
 
-def option(name: str) -> str:
-    """An option as it is typed."""
-    return "--" + name.replace("_", "-")
-
-
 def _group(annotation: Any) -> tuple[type[Any], Panel] | None:
     """The type that declares a group's options, and the group's panel; None of no group."""
     if get_origin(annotation) is not Annotated:
@@ -119,7 +114,7 @@ def _parameter(name: str, annotation: Any) -> Parameter:
 
 def _annotation(name: str, declared: Declaration, text: str, panel: Panel) -> Any:
     """What Typer makes an option of, which is None if it is not given."""
-    flags = option(name)
+    flags = flag(name)
     if declared.type is bool:
         flags += f"/--no-{flags[2:]}"
     # Typer takes no unions: of a number or a word the parser alone knows what comes of the text.

@@ -13,7 +13,7 @@ import typer
 
 from tekfac.cli.configuration import TASK, ScheduleOptions, TaskOptions, overridden
 from tekfac.cli.console import INTERRUPTED, console, fail, print_trial
-from tekfac.cli.options import Given, command, given, option
+from tekfac.cli.options import Given, command, given
 from tekfac.cli.progress import Bar
 from tekfac.data import augments, load
 from tekfac.errors import InputError
@@ -24,6 +24,7 @@ from tekfac.paper.presets import Preset
 from tekfac.paper.reproduction import Reproduction
 from tekfac.paper.scales import OPTIMIZERS, SCALES, Scale
 from tekfac.runs.config import Config, default_device, default_threads
+from tekfac.runs.options import flag
 from tekfac.runs.schedules import Schedule
 from tekfac.searches.grids import Grid, read_grid
 from tekfac.searches.plan import HELD_OUT_FRACTION
@@ -277,4 +278,4 @@ def _interactive() -> bool:
 def _refuse(options: Collection[str], target: Target) -> None:
     """Raise if there are options that do nothing."""
     if options:
-        raise InputError(f"{option(sorted(options)[0])} does nothing with {target.value}")
+        raise InputError(f"{flag(sorted(options)[0])} does nothing with {target.value}")

@@ -21,11 +21,12 @@ from tekfac.cli.configuration import (
     configuration,
 )
 from tekfac.cli.console import INTERRUPTED, console, fail, print_table, print_trial
-from tekfac.cli.options import command, option
+from tekfac.cli.options import command
 from tekfac.cli.progress import Bar
 from tekfac.data import Dataset
 from tekfac.errors import InputError
 from tekfac.runs.config import Config
+from tekfac.runs.options import flag
 from tekfac.searches.grids import Grid, paper_grid, read_grid
 from tekfac.searches.plan import HELD_OUT_FRACTION, Plan
 from tekfac.searches.search import Search
@@ -115,7 +116,7 @@ def _searched(texts: Sequence[str], optimizer: str, fixed: Mapping[str, Any]) ->
     """The grid: the user's, and the paper's of settings of which the user says nothing."""
     grid = read_grid(texts, optimizer)
     if both := sorted(fixed.keys() & grid.keys()):
-        raise InputError(f"{option(both[0])} is in the --grid too: give one")
+        raise InputError(f"{flag(both[0])} is in the --grid too: give one")
     return {**paper_grid(optimizer, {**fixed, **grid}), **grid}
 
 

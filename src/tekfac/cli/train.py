@@ -18,12 +18,13 @@ from tekfac.cli.configuration import (
     configuration,
 )
 from tekfac.cli.console import FAILURE, INTERRUPTED, console, fail
-from tekfac.cli.options import command, given, option
+from tekfac.cli.options import command, given
 from tekfac.cli.progress import EpochLines
 from tekfac.data import Dataset
 from tekfac.errors import Diverged, InputError
 from tekfac.runs.config import Config
 from tekfac.runs.folder import RunFolder
+from tekfac.runs.options import flag
 from tekfac.runs.training import check, fit
 
 
@@ -54,7 +55,7 @@ def train(
     if resume is not None:
         if others := sorted(given(context) - {"resume", "epochs"}):
             raise InputError(
-                f"{option(others[0])} cannot be changed when a run is resumed, only --epochs can"
+                f"{flag(others[0])} cannot be changed when a run is resumed, only --epochs can"
             )
         with RunFolder.open(resume) as folder:
             _train(folder, folder.config.load_data(), task.values.get("epochs"))

@@ -14,7 +14,7 @@ from tekfac import data, networks
 from tekfac.data import DATA_DIR, DOWNLOADS, NAMED, Dataset
 from tekfac.errors import InputError
 from tekfac.runs import optimizers
-from tekfac.runs.options import Option
+from tekfac.runs.options import Option, flag
 from tekfac.runs.schedules import Schedule
 
 # Types that layers may compute in. The range of bfloat16 is float32's; that of float16 is so small
@@ -140,7 +140,7 @@ class Config:
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise InputError(f"--{name.replace('_', '-')} must be 1 or more, got {value}")
+                raise InputError(f"{flag(name)} must be 1 or more, got {value}")
         _check_device(self.device)
         if self.precision not in PRECISIONS:
             raise InputError(

@@ -96,6 +96,11 @@ def declarations(kind: type[Any]) -> dict[str, Declaration]:
     return found
 
 
+def flag(name: str) -> str:
+    """An option as it is typed, from its name."""
+    return "--" + name.replace("_", "-")
+
+
 def _help(option: Option, default: object) -> str:
     text = option.default
     if text is None and default is not None:

@@ -17,6 +17,7 @@ from tekfac.runs.optimizers.method import Method, Values
 from tekfac.runs.optimizers.muon import MUON
 from tekfac.runs.optimizers.natural_gradient import EKFAC, KFAC, TEKFAC, TKFAC
 from tekfac.runs.optimizers.soap import SOAP
+from tekfac.runs.options import flag
 
 # The defaults are tuned for the digits (network cnn, batches of 64, constant schedule). The test
 # images had no part in it: of the training images 300 were held out. Each method took the values
@@ -80,15 +81,15 @@ def resolve(name: str, given: Values) -> dict[str, Any]:
         if not has_setting(name, key):
             known = sorted({*method.defaults, *method.alternatives})
             raise InputError(
-                f"{_option(key)} does nothing with --optimizer {name}, whose settings are: "
-                f"{', '.join(_option(each) for each in known)}"
+                f"{flag(key)} does nothing with --optimizer {name}, whose settings are: "
+                f"{', '.join(flag(each) for each in known)}"
             )
         if isinstance(value, float) and not math.isfinite(value):
-            raise InputError(f"{_option(key)} must be finite, got {value}")
+            raise InputError(f"{flag(key)} must be finite, got {value}")
         replaced = method.alternatives.get(key)
         if replaced is not None:
             for other in sorted(excluded(name, [key]) & given.keys()):
-                raise InputError(f"{_option(key)} takes the place of {_option(other)}: give one")
+                raise InputError(f"{flag(key)} takes the place of {flag(other)}: give one")
             settings.pop(replaced, None)
         settings[key] = value
     return settings
@@ -104,7 +105,3 @@ def build(name: str, network: nn.Module, settings: Values, generator: torch.Gene
         return METHODS[name].build(network, settings, generator)
     except (ValueError, TypeError) as error:
         raise InputError(f"{name}: {error}") from error
-
-
-def _option(key: str) -> str:
-    return "--" + key.replace("_", "-")
