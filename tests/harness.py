@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 import reference
 import tekfac
-from tekfac.layers import Layer, kind_of
 
 # For matrices this small a second thread costs more than it gives.
 torch.set_num_threads(1)
@@ -27,13 +26,6 @@ def relative(found: Tensor, expected: Tensor) -> float:
     """The distance in units of the expected norm."""
     found, expected = found.detach(), expected.detach()
     return float((found - expected).norm() / expected.norm())
-
-
-def layer_of(module: Any, *, weight: bool = True) -> Layer:
-    """The module as a layer; without the weight, if that is not trained."""
-    kind = kind_of(module)
-    assert kind is not None
-    return kind("layer", module, module.weight if weight else None, module.bias)
 
 
 # The package's rules by the reference's, which have fields of the same names.

@@ -22,10 +22,16 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class Draw(NamedTuple):
-    """One label's negative log-likelihood for one example, and the weight of that label."""
+    """One label's negative log-likelihood for one example, and the weight of that label.
+
+    ``term`` numbers the label's term among those of the example; the expectation, and the user's
+    loss, are means over all examples' terms. ``terms`` is for a draw that is several at once.
+    """
 
     nll: Tensor
     weight: float
+    term: int = 0
+    terms: int = 1
 
 
 Loss = Callable[[Any, Tensor], Tensor]
@@ -35,7 +41,13 @@ Draws = Callable[[Any, Tensor], list[Draw]]
 
 def empirical(loss: Loss) -> Draws:
     """The data's own label: the user's loss of the example alone."""
-    return lambda output, target: [Draw(loss(output, target), 1.0)]
+
+    def draw(output: Any, target: Tensor) -> list[Draw]:
+        # What PyTorch's mean was taken over: one entry of the target each, if not left out.
+        terms = int((target != -100).sum())
+        return [Draw(loss(output, target) * terms, 1.0, terms=terms)] if terms else []
+
+    return draw
 
 
 def categorical(output: Tensor, target: Tensor) -> list[Draw]:
@@ -46,18 +58,20 @@ def categorical(output: Tensor, target: Tensor) -> list[Draw]:
     """
     log_p = output.log_softmax(1)[0].reshape(output.shape[1], -1)
     kept = (target.reshape(-1) != -100).nonzero().flatten().tolist()
-    return [Draw(-lp, lp.exp().item()) for position in kept for lp in log_p[:, position]]
+    return [Draw(-lp, lp.exp().item(), place) for place in kept for lp in log_p[:, place]]
 
 
 def bernoulli(output: Tensor, target: Tensor) -> list[Draw]:
     """Both values of every logit."""
     log_p = F.logsigmoid(torch.stack([output.flatten(), -output.flatten()]))
-    return [Draw(-lp, lp.exp().item()) for lp in log_p.flatten()]
+    return [Draw(-lp, lp.exp().item(), i) for side in log_p for i, lp in enumerate(side)]
 
 
 def gaussian(variance: float = 1.0) -> Draws:
     """Unit-score directions: ``E[g gᵀ] = I / variance`` for the mean of a normal distribution."""
-    return lambda output, target: [Draw(m / math.sqrt(variance), 1.0) for m in output.flatten()]
+    return lambda output, target: [
+        Draw(m / math.sqrt(variance), 1.0, i) for i, m in enumerate(output.flatten())
+    ]
 
 
 # -- what one batch says about a layer -------------------------------------------------------------
@@ -69,7 +83,8 @@ class Batch:
 
     Shapes, for ``N`` examples, ``M`` draws in all and ``T`` positions: ``inputs (N, T, d_in)``,
     ``cotangents (M, T, d_out)``, ``gradients (M, d_out, d_in)``; ``owner (M,)`` is each draw's
-    example.
+    example. ``terms`` of the likelihood are in it, and ``(N, T)`` positions are ``live``: padding,
+    which no term looks at, is not.
     """
 
     inputs: Tensor
@@ -77,15 +92,23 @@ class Batch:
     gradients: Tensor
     owner: Tensor
     weight: Tensor
+    terms: int
+    live: Tensor
+
+    @property
+    def examples(self) -> int:
+        return int(self.live.any(1).sum())
 
     @property
     def omega(self) -> Tensor:
-        return torch.einsum("nti,ntj->nij", self.inputs, self.inputs)
+        live = self.live.to(self.inputs.dtype)
+        return torch.einsum("nt,nti,ntj->nij", live, self.inputs, self.inputs)
 
     @property
     def gamma(self) -> Tensor:
         g = self.cotangents
-        each = torch.einsum("m,mti,mtj->mij", self.weight, g, g) / self.inputs.shape[1]
+        counts = self.live.sum(1).clamp_min(1)[self.owner]
+        each = torch.einsum("m,mti,mtj->mij", self.weight / counts, g, g)
         empty = g.new_zeros(len(self.inputs), g.shape[2], g.shape[2])
         return empty.index_add(0, self.owner, each)
 
@@ -93,7 +116,7 @@ class Batch:
     def fisher(self) -> Tensor:
         """``E[vec(D) vec(D)ᵀ]``."""
         d = self.gradients.flatten(1)
-        return torch.einsum("m,mi,mj->ij", self.weight, d, d) / len(self.inputs)
+        return torch.einsum("m,mi,mj->ij", self.weight, d, d) / self.terms
 
 
 def curvature_layers(model: nn.Module, exclude: Iterable[str] = ()) -> dict[str, nn.Module]:
@@ -169,7 +192,8 @@ def measure(
     inputs: dict[str, list[Tensor]] = {name: [] for name in layers}
     cotangents: dict[str, list[Tensor]] = {name: [] for name in layers}
     gradients: dict[str, list[Tensor]] = {name: [] for name in layers}
-    owner, weight = [], []
+    owner, weight, terms = [], [], 0
+    kept: list[set[int]] = []
     for n in range(len(x)):
         calls.update({name: [] for name in layers})
         output = model(x[n : n + 1])
@@ -185,7 +209,10 @@ def measure(
         wanted: list[Tensor] = []
         for name, layer in layers.items():
             wanted += [*(out for _, out in calls[name]), *parts(layer)]
-        for draw in draws(output, y[n : n + 1]):
+        drawn = draws(output, y[n : n + 1])
+        kept.append({draw.term for draw in drawn})
+        terms += sum({draw.term: draw.terms for draw in drawn}.values())
+        for draw in drawn:
             owner.append(n)
             weight.append(draw.weight)
             found = iter(
@@ -197,14 +224,32 @@ def measure(
                 gradients[name].append(matrix(layer, [next(found) for _ in parts(layer)]))
     for hook in hooks:
         hook.remove()
+    index = torch.tensor(owner)
+
+    def live(name: str, group: int) -> Tensor:
+        """Positions with a gradient, or a term where there are as many positions as targets."""
+        a = torch.cat([each[group] for each in inputs[name]])
+        reached = torch.zeros(len(x), a.shape[1])
+        if owner:
+            g = torch.cat([each[group] for each in cotangents[name]])
+            reached.index_add_(0, index, (g != 0).any(2).float())
+        aligned = y.dim() > 1 and y[0].numel() == a.shape[1]
+        for n, places in enumerate(kept):
+            whole = torch.tensor(sorted(places)) if aligned else slice(None)
+            if places:
+                reached[n, whole] += 1
+        return reached > 0
+
     return {
         name: [
             Batch(
                 inputs=torch.cat([a[group] for a in inputs[name]]),
                 cotangents=torch.cat([g[group] for g in cotangents[name]]),
                 gradients=torch.stack([d[group] for d in gradients[name]]),
-                owner=torch.tensor(owner),
+                owner=index,
                 weight=torch.tensor(weight, dtype=torch.float64),
+                terms=terms,
+                live=live(name, group),
             )
             for group in range(groups_of(layer))
         ]
@@ -217,17 +262,18 @@ def measure(
 
 def kfac_factors(batch: Batch) -> list[Tensor]:
     """``A``, ``G``, and 1 in the place of TKFAC's δ."""
-    return [batch.omega.mean(0), batch.gamma.mean(0), torch.ones((), dtype=torch.float64)]
+    a, g = batch.omega.sum(0) / batch.examples, batch.gamma.sum(0) / batch.terms
+    return [a, g, torch.ones((), dtype=torch.float64)]
 
 
 def tkfac_factors(batch: Batch) -> list[Tensor]:
     """``Φ``, ``Ψ``, ``δ``."""
     omega, gamma = batch.omega, batch.gamma
     tr_omega, tr_gamma = (torch.einsum("nii->n", m) for m in (omega, gamma))
-    delta = (tr_omega * tr_gamma).mean()
-    phi = (tr_gamma[:, None, None] * omega).mean(0) / delta
-    psi = (tr_omega[:, None, None] * gamma).mean(0) / delta
-    return [phi, psi, delta]
+    delta = (tr_omega * tr_gamma).sum()
+    phi = (tr_gamma[:, None, None] * omega).sum(0) / delta
+    psi = (tr_omega[:, None, None] * gamma).sum(0) / delta
+    return [phi, psi, delta / batch.terms]
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ class Waits(TorchDispatchMode):
 
 @pytest.fixture(autouse=True)
 def accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tekfac.NaturalGradient, "_waits", lambda self: True)
+    monkeypatch.setattr("tekfac.verdict.waits", lambda device: True)
 
 
 def network() -> nn.Sequential:
@@ -133,7 +133,7 @@ def test_the_steps_are_those_of_a_host_that_reads(
 ) -> None:
     found = []
     for waits in (True, False):
-        monkeypatch.setattr(tekfac.NaturalGradient, "_waits", lambda self, waits=waits: waits)
+        monkeypatch.setattr("tekfac.verdict.waits", lambda device, waits=waits: waits)
         model = network()
         generator = torch.Generator().manual_seed(1)
         optimizer = build(method, model, fisher=fisher, generator=generator, weight_decay=0.1)

@@ -56,13 +56,11 @@ def test_parameters_instead_of_a_model(method: str, given: Callable[[], Any], ki
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(
-    "model", [nn.LSTM(3, 3), nn.Sequential(nn.Embedding(3, 3), nn.LayerNorm(3)), nn.ReLU()]
-)
+@pytest.mark.parametrize("model", [nn.Sequential(nn.Embedding(3, 3), nn.LayerNorm(3)), nn.ReLU()])
 def test_no_supported_layer(method: str, model: nn.Module) -> None:
     message = (
-        rf"^{method} found no layer that it supports in {type(model).__name__} \(Linear, Conv1d, "
-        r"Conv2d, Conv3d\): use a torch\.optim optimizer for this model$"
+        rf"^{method} found no layer that it supports in {type(model).__name__} \(matrices that "
+        r"rows are multiplied by, convolutions\): use a torch\.optim optimizer for this model$"
     )
     with pytest.raises(ValueError, match=message):
         make(method, model)
@@ -372,10 +370,10 @@ FITS = r"; give likelihood=, or output= to pick the right tensor$"
          rf"\(5, 2\) and dtype torch\.bool{FITS}"),
         ("gaussian", lambda out: out.mean(),
          r"^the gaussian likelihood needs means of shape \(N, \.\.\.\), got .* of shape \(\) and"),
-        ("categorical", lambda out: (out, out),
-         r"^the model returned tuple, neither a tensor nor an object with a tensor in \.logits: "
+        ("categorical", lambda out: ("nothing", 3),
+         r"^the model returned tuple, neither a tensor nor something with logits in it: "
          r"give output=, .* e\.g\. output=lambda result: result\[0\]$"),
-        ("categorical", lambda out: {"logits": out}, r"^the model returned dict, neither"),
+        ("categorical", lambda out: {"logits": 3}, r"^the model returned dict, neither"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("fisher", ["mc", "exact"])
@@ -405,8 +403,8 @@ def test_input_that_changes_width(method: str) -> None:
     optimizer.step()
     model[0].weight = nn.Parameter(torch.randn(3, 7))
     message = (
-        r"^layer '0' got an input of shape \(5, 7\), width 7, but its curvature block was built "
-        r"for width 4: make a new optimizer after a layer's parameters have changed shape$"
+        r"^layer '0' has a weight of shape \(3, 7\) now, but its curvature block was built "
+        r"for \(3, 4\): make a new optimizer after a layer's parameters have changed shape$"
     )
     with pytest.raises(ValueError, match=message):
         model(torch.randn(5, 7))
@@ -416,7 +414,7 @@ def test_convolution_input_that_changes_width() -> None:
     model = nn.Sequential(nn.Conv2d(2, 3, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     optimizer = make("TEKFAC", model)
     model[0].weight = nn.Parameter(torch.randn(3, 5, 2, 2))
-    with pytest.raises(ValueError, match=r"layer '0' .* width 5, .* was built for width 2"):
+    with pytest.raises(ValueError, match=r"layer '0' .* \(3, 5, 2, 2\) now, .* for \(3, 2, 2, 2\)"):
         model(torch.randn(4, 5, 6, 6))
     optimizer.close()
     model(torch.randn(4, 5, 6, 6))
@@ -426,27 +424,9 @@ def test_convolution_input_that_changes_width() -> None:
 
 NO_STATISTICS = (
     r"^step\(\) found gradients, but no statistics could be taken: call the model itself "
-    r"\(Sequential\.__call__, the module given to {}\), in training mode \(model\.train\(\)\), "
-    r"before loss\.backward\(\)$"
+    r"\(Sequential\.__call__, the module given to {}\), and backward\(\) of a loss that is made "
+    r"of what it returns$"
 )
-
-
-@pytest.mark.parametrize("fisher", ["mc", "exact", "empirical"])
-@pytest.mark.parametrize("method", METHODS)
-def test_step_in_eval_mode(method: str, fisher: str) -> None:
-    model = network().eval()
-    optimizer = make(method, model, fisher=fisher)
-    before = copy.deepcopy(model)
-    backward(model)
-    with pytest.raises(RuntimeError, match=NO_STATISTICS.format(method)):
-        optimizer.step()
-    assert all(map(torch.equal, model.parameters(), before.parameters()))
-    assert optimizer.counters["steps"] == 0
-    model.train()
-    optimizer.zero_grad()
-    backward(model)
-    optimizer.step()
-    assert not optimizer.blocks["0"].empty
 
 
 def test_step_without_a_forward_through_the_model() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -86,7 +87,7 @@ def test_rescaling_sums_to_the_trace_of_fisher(method: str, kind: str, fisher: s
     pair, truth = measured(kind, method, fisher)
     for name, block in pair.fast.blocks.items():
         norms = sum(
-            float((g.weight * g.gradients.square().sum((1, 2))).sum()) / len(g.inputs)
+            float((g.weight * g.gradients.square().sum((1, 2))).sum()) / g.terms
             for g in truth[name]
         )
         assert norms == pytest.approx(float(true_block(truth[name]).trace()), rel=ROUNDING)
@@ -103,7 +104,7 @@ def test_tkfac_keeps_its_trace(kind: str, fisher: str) -> None:
         delta = 0.0
         for group in truth[name]:
             tr_omega, tr_gamma = (torch.einsum("nii->n", m) for m in (group.omega, group.gamma))
-            delta += float((tr_omega * tr_gamma).mean())
+            delta += float((tr_omega * tr_gamma).sum()) / group.terms
         assert block.trace == pytest.approx(delta, rel=ROUNDING)
         assert float(block.dense().trace()) == pytest.approx(delta, rel=ROUNDING)
         if truth[name][0].inputs.shape[1] == 1:
@@ -168,7 +169,7 @@ def test_tkfac_factors_are_the_partial_traces_of_fisher(fisher: str) -> None:
     pair, truth = measured("linear", "TKFAC", fisher)
     for name, block in pair.fast.blocks.items():
         (group,) = truth[name]
-        d, examples = group.gradients, len(group.inputs)
+        d, examples = group.gradients, group.terms
         over_outputs = torch.einsum("m,mki,mkj->ij", group.weight, d, d) / examples
         over_inputs = torch.einsum("m,mik,mjk->ij", group.weight, d, d) / examples
         # δΦ and δΨ are what is left of δ Ψ ⊗ Φ when the other factor is traced out.
@@ -179,10 +180,13 @@ def test_tkfac_factors_are_the_partial_traces_of_fisher(fisher: str) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_fisher_block_of_ones_preconditions_by_nothing(method: str) -> None:
-    """Orthonormal inputs and a unit Gaussian: ``F = I``, and so is its inverse without damping."""
+    """Orthonormal inputs and a unit Gaussian: ``F = I``, and so is its inverse without damping.
+
+    The Gaussian has 12 terms here, three entries of four examples.
+    """
     torch.manual_seed(5)
     model = nn.Sequential(nn.Linear(4, 3, bias=False)).double()
-    x = 2.0 * torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64)).Q
+    x = math.sqrt(12) * torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64)).Q
     optimizer = getattr(tekfac, method)(
         model, momentum=0.0, fisher="exact", likelihood="gaussian", damping=1e-30
     )

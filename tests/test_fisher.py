@@ -124,7 +124,9 @@ def test_expectation_in_closed_form(likelihood: str) -> None:
     }[likelihood]
     optimizer = one_step(model, x, y, "KFAC", loss, fisher="exact", likelihood=given)
     a = torch.cat([x, torch.ones(6, 1, dtype=torch.float64)], 1)
-    expected = torch.kron(hessian(likelihood, output, 0.3).mean(0), a.T @ a / 6)
+    # Of the others, each of an output's three entries is a term.
+    terms = 1 if likelihood == "categorical" else 3
+    expected = torch.kron(hessian(likelihood, output, 0.3).mean(0) / terms, a.T @ a / 6)
     assert relative(optimizer.blocks["0"].dense(), expected) < ROUNDING
 
 
@@ -164,8 +166,8 @@ def test_expectation_over_positions_in_closed_form() -> None:
     optimizer = one_step(model, x, torch.randint(3, (4, 5)), "KFAC", fisher="exact")
     each = hessian("categorical", output.mT.flatten(0, 1), 1.0)
     a = x.mT.flatten(0, 1)
-    # Ω sums over the 5 positions and Γ takes their mean.
-    expected = torch.kron(each.mean(0), a.T @ a / 4)
+    # Ω sums over the 5 positions and Γ takes their mean; there are 5 terms, too.
+    expected = torch.kron(each.mean(0) / 5, a.T @ a / 4)
     assert relative(optimizer.blocks["0"].dense(), expected) < ROUNDING
 
 
@@ -433,7 +435,9 @@ def test_two_losses_of_one_output_are_one_batch(fisher: str) -> None:
     for separately in (True, False):
         torch.manual_seed(2)
         model = mlp()
-        optimizer = tekfac.TEKFAC(model, fisher=fisher, generator=seeded(0))
+        # The second loss is no softmax's: the user says what the output means.
+        likelihood = tekfac.Categorical(dim=1)
+        optimizer = tekfac.TEKFAC(model, fisher=fisher, likelihood=likelihood, generator=seeded(0))
         output = model(x)
         losses = F.cross_entropy(output, y), output.square().mean()
         if separately:
@@ -602,7 +606,14 @@ def test_two_optimizers(fishers: tuple[str, str], nested: bool) -> None:
         parts = (model, model.inner if nested else model)
         methods = (tekfac.TEKFAC, tekfac.KFAC)
         optimizers = [
-            method(part, lr=0.0, fisher=fisher, generator=seeded(4), factor_every=1)
+            method(
+                part,
+                lr=0.0,
+                fisher=fisher,
+                likelihood=tekfac.Categorical(dim=1),
+                generator=seeded(4),
+                factor_every=1,
+            )
             if here
             else None
             for method, part, fisher, here in zip(methods, parts, fishers, present, strict=True)

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tekfac
-from harness import layer_of
 from tekfac.curvature import blocks
-from tekfac.layers import Layer, Sample
+from tekfac.layers import ConvLayer, Layer, Sample, layer_of
+from tekfac.layers.uses import PRODUCTS
 
 LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "linear": (nn.Linear(4, 3), (4,)),
@@ -37,11 +37,28 @@ LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
 }
 
 
-def truth(layer: Layer, x: Tensor, g: Tensor) -> Tensor:
+def made(name: str, *, weight: bool = True) -> tuple[nn.Module, Layer, tuple[int, ...]]:
+    torch.manual_seed(0)
+    module, shape = LAYERS[name]
+    module = copy.deepcopy(module).double()
+    return module, layer_of(module, weight=weight), shape
+
+
+def multiplied(module: nn.Module, layer: Layer, x: Tensor) -> Tensor:
+    """What autograd saves as a convolution's input: padded, where not with zeros and evenly."""
+    node = module(x).grad_fn
+    if not isinstance(layer, ConvLayer):
+        return x
+    (product,) = PRODUCTS[node.name()]
+    layer.geometry = product.geometry(node)
+    return product.input(node)
+
+
+def truth(module: nn.Module, layer: Layer, x: Tensor, g: Tensor) -> Tensor:
     """``(G, d_out, N, d_in)``."""
     found = []
     for one, gradient in zip(x, g, strict=True):
-        loss = (layer.module(one[None]) * gradient).sum()
+        loss = (module(one[None]) * gradient).sum()
         own = dict(zip(layer.parameters, torch.autograd.grad(loss, layer.parameters), strict=True))
         found.append(layer.matrix(own.get(layer.weight), own.get(layer.bias)))
     return torch.stack(found, dim=2)
@@ -51,52 +68,46 @@ def truth(layer: Layer, x: Tensor, g: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", LAYERS)
 def test_gradients(name: str, entries: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tekfac.layers.layer.CHUNK_ENTRIES", entries)
-    torch.manual_seed(0)
-    module, shape = LAYERS[name]
-    layer = layer_of(copy.deepcopy(module).double())
+    module, layer, shape = made(name)
     x = torch.randn(4, *shape, dtype=torch.float64)
-    g = torch.randn_like(layer.module(x))
-    parts = list(layer.gradients(Sample([x], [g], examples=4)))
+    g = torch.randn_like(module(x))
+    sample = Sample([multiplied(module, layer, x)], [g], examples=4)
+    parts = list(layer.gradients(sample))
     assert len(parts) == (1 if entries > 1 else 4)
-    torch.testing.assert_close(torch.cat(parts, dim=2), truth(layer, x, g))
+    torch.testing.assert_close(torch.cat(parts, dim=2), truth(module, layer, x, g))
 
 
 @pytest.mark.parametrize("name", ["linear, positions", "padding", "groups"])
 def test_of_several_calls_and_rows(name: str) -> None:
-    """Calls, and k rows per example, add up; rows that the examples don't divide stand alone."""
-    torch.manual_seed(0)
-    module, shape = LAYERS[name]
-    layer = layer_of(copy.deepcopy(module).double())
+    """Calls, and k rows per example, add up."""
+    module, layer, shape = made(name)
     x = [torch.randn(n, *shape, dtype=torch.float64) for n in (6, 3)]
-    g = [torch.randn_like(layer.module(each)) for each in x]
+    g = [torch.randn_like(module(each)) for each in x]
     (found,) = layer.gradients(Sample(list(x), g, examples=3))
-    six, three = (truth(layer, *call) for call in zip(x, g, strict=True))
+    six, three = (truth(module, layer, *call) for call in zip(x, g, strict=True))
     torch.testing.assert_close(found, six[:, :, 0::2] + six[:, :, 1::2] + three)
-    parts = list(layer.gradients(Sample(list(x), g, examples=4)))
-    torch.testing.assert_close(torch.cat(parts, dim=2), torch.cat([six, three], dim=2))
 
 
 @pytest.mark.parametrize("name", ["linear, positions", "padding", "groups"])
 def test_of_a_bias_alone(name: str) -> None:
-    torch.manual_seed(0)
-    module, shape = LAYERS[name]
-    layer = layer_of(copy.deepcopy(module).double(), weight=False)
+    module, layer, shape = made(name, weight=False)
     x = torch.randn(4, *shape, dtype=torch.float64)
-    g = torch.randn_like(layer.module(x))
+    g = torch.randn_like(module(x))
     (found,) = layer.gradients(Sample([None], [g], examples=4))
-    torch.testing.assert_close(found, truth(layer, x, g))
+    torch.testing.assert_close(found, truth(module, layer, x, g))
 
 
 @pytest.mark.parametrize("dtypes", [(torch.float16, torch.float32), (torch.bfloat16,) * 2], ids=str)
 def test_of_half_precision(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     torch.manual_seed(0)
-    layer = layer_of(nn.Conv2d(2, 3, 3, padding=1))
+    module = nn.Conv2d(2, 3, 3, padding=1)
+    layer = layer_of(module)
     x, g = torch.randn(4, 2, 5, 6).to(dtypes[0]), torch.randn(4, 3, 5, 6).to(dtypes[1])
     (found,) = layer.gradients(Sample([x], [g], examples=4))
     lower = dtypes[1] == torch.bfloat16
     assert found.dtype == (torch.bfloat16 if lower else torch.float32)
     tolerance = 2e-2 if lower else 1e-4
-    expected = truth(layer, x.float(), g.float())
+    expected = truth(module, layer, x.float(), g.float())
     torch.testing.assert_close(found.float(), expected, rtol=tolerance, atol=tolerance)
 
 

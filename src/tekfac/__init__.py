@@ -5,6 +5,7 @@
 and the training loop stays as it is.
 """
 
+from tekfac.capture.graph import measuring
 from tekfac.capture.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from tekfac.curvature.damping import FactoredDamping, RelativeDamping, TraceDamping
 from tekfac.methods.ekfac import EKFAC
@@ -30,4 +31,5 @@ __all__ = [
     "NaturalGradient",
     "RelativeDamping",
     "TraceDamping",
+    "measuring",
 ]

@@ -6,6 +6,11 @@ import torch
 from torch import Tensor
 
 
+def waits(device: torch.device) -> bool:
+    """Whether reading a number from the device makes the host wait for work given to it before."""
+    return device.type != "cpu"
+
+
 class Verdict:
     """Yes or no, in one form for a host that knows and for a device that is not waited for.
 

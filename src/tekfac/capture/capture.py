@@ -1,37 +1,43 @@
-"""What a layer saw: inputs and output gradients, taken from an unchanged training loop.
+"""What layers saw, taken from an unchanged training loop.
 
-Forward hooks note each layer's input and the place of its output in the autograd graph. A hook on
-the network's output runs when the user's own ``loss.backward()`` reaches it, and there has
-autograd go through the user's graph, before that is freed, with labels from the model; ``.grad`` is
-never touched. For the empirical Fisher the layers' outputs are listened to during the user's
-backward pass itself. Either way a block gets its layer's output gradients as soon as they are
-there, so that those of all layers are never held at once.
+A hook on the network's output runs when the user's own ``loss.backward()`` reaches it. There the
+autograd graph is looked through for products with layers' weights (`graph`), and gone through once
+more, before it is freed, with labels from the model; ``.grad`` is never touched. For the empirical
+Fisher the products are listened to during the user's backward pass itself. Either way a block gets
+its layer's output gradients as soon as they are there, so that those of all layers are never held
+at once.
 """
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.autograd.graph import GradientEdge
 from torch.utils.hooks import RemovableHandle
 
-from tekfac.capture.fisher import Fisher
-from tekfac.layers import Layer, Sample
-
-# Backward passes of our own, now running in this process: hooks that they reach, of any optimizer,
-# are not to take them for the user's. Not thread-local: autograd runs hooks in its own threads.
-_own_passes = 0
-
-REENTRANT = (
-    "curvature can't be measured through reentrant activation checkpointing: call "
-    "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+from tekfac import verdict
+from tekfac.capture.compiled import stand_aside
+from tekfac.capture.delivery import Delivery, Expected
+from tekfac.capture.examples import Examples, Order, projected
+from tekfac.capture.fisher import ExactFisher, Fisher
+from tekfac.capture.graph import (
+    Found,
+    Use,
+    go_through,
+    measuring,
+    own_pass,
+    read_inputs,
+    search,
+    source_of,
 )
+from tekfac.capture.hook import Hook, drop_inert
+from tekfac.capture.likelihoods import Likelihood
+from tekfac.layers import Assignment, ConvLayer, Layer, LinearLayer, Sample
 
 
 class Observer(Protocol):
@@ -42,334 +48,415 @@ class Observer(Protocol):
         """The layer."""
 
     @property
-    def name(self) -> str:
-        """The layer's name in the model."""
-
-    @property
     def listening(self) -> bool:
         """Whether the coming step needs samples."""
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing is known yet."""
+
+    @property
+    def pending(self) -> bool:
+        """Whether it has been given samples since the last step."""
 
     def observe(self, sample: Sample) -> None:
         """Take one backward pass."""
 
-
-@dataclass
-class _Call:
-    """One call of a layer in a forward pass."""
-
-    block: Observer
-    input: Tensor | None
-    rows: int
-    edge: GradientEdge | None = None
-    """Where the output is in the graph; None if it is the network's output itself."""
-    gradient: Tensor | None = None
-    given: bool = False
-    """Whether a block has had it, and is not to get it from another backward pass."""
+    def discard(self) -> None:
+        """Forget what was given since the last step."""
 
 
 @dataclass(eq=False)
 class _Pass:
-    """One forward pass through the model."""
+    """One forward pass through the model.
 
-    calls: list[_Call] = field(default_factory=list)
-    examples: int = 0
-    first: bool = True
-    """Whether the backward pass through it that is going on is the first."""
+    Attributes:
+        outputs: the tensors that likelihoods are about, without their graph.
+        done: which of them a backward pass has reached.
+        given: layers that have had a sample of this pass.
+        terms: of the first output that was reached, 0-dimensional.
+    """
+
+    outputs: list[Tensor]
+    done: set[int] = field(default_factory=set)
+    given: set[str] = field(default_factory=set)
+    terms: Tensor | None = None
 
 
 class Capture:
     """Hooks on a model that give its blocks their samples.
 
-    Only forward passes through the model itself, of layers in training mode and with gradients
-    enabled, are seen, and only by blocks that are `listening`.
+    Only forward passes through the model itself, with gradients enabled, are seen, and only by
+    blocks that are `listening`; of backward passes only those that leave something in ``.grad``.
 
     Args:
         model: what the training loop calls.
+        assignment: which parameters belong to which layer.
         blocks: the blocks by layer name; looked at in every pass.
         fisher: how labels are averaged over; None for the empirical Fisher.
-        output: finds the tensor of logits (or means) in what the model returns.
+        likelihoods: one for each output, or one for all.
+        outputs: finds the tensors of logits (or means) in what the model returns.
+        mean_over: "terms" or "examples": what the user's loss, and the matrix, is a mean over.
+        batch_dim: the dimension that counts examples in layers' inputs and in the output, where
+            they have more than one before the last; None to find out.
+
+    Attributes:
+        passes: backward passes measured so far.
+        reentrant: whether a part of the model was seen that only runs in the backward pass.
+        compiled: whether the graph was seen to be a compiler's, which shows no products.
+        reached_layers: those that a backward pass has reached since the last step.
+        strange: for a layer, what was seen to use its weight in a way that is not known.
+        orders: for a layer, how its rows were found to belong to examples.
+        problem: what was wrong with what the model returned in evaluation mode.
+        uncounted: outputs of which it is not known how many terms they have.
     """
 
     def __init__(
         self,
         model: nn.Module,
+        assignment: Assignment,
         blocks: Mapping[str, Observer],
         fisher: Fisher | None,
-        output: Callable[[Any], Tensor],
+        likelihoods: Sequence[Likelihood],
+        outputs: Callable[[Any], list[Tensor]],
+        mean_over: str = "terms",
+        batch_dim: int | None = None,
     ) -> None:
-        self.blocks = blocks
-        self.fisher = fisher
-        self.output = output
+        self.owner, self.candidates = assignment.owner, assignment.candidates
+        self.blocks, self.fisher = blocks, fisher
+        self.likelihoods, self.outputs, self.mean_over = likelihoods, outputs, mean_over
         self.passes = 0
-        """Forward passes through the model so far in which a layer was captured."""
-        self.without_grad: set[str] = set()
-        """Layers that ran without gradients inside a forward pass that had them."""
-        self._pass: _Pass | None = None
-        self._waiting: dict[tuple[_Pass, str], list[_Call]] = {}
-        self._handles: list[RemovableHandle] = []
+        self.reentrant = self.compiled = False
+        self.problem: ValueError | None = None
+        self.reached_layers: set[str] = set()
+        self.strange: dict[str, str] = {}
+        self.orders: dict[str, Order] = {}
+        self.uncounted: set[int] = set()
+        self._examples = Examples(batch_dim)
+        self._fitted: dict[tuple[int, int], Likelihood | None] = {}
+        self._settled: set[str] = set()
+        self._waiting: list[Delivery] = []
+        self._task = -1
+        self._unfused = ExitStack()
+        self._recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
         for module in model.modules():
-            _drop_inert(module)
-        for name, block in blocks.items():
-            self._register(block.layer.module, "_after_layer", name)
-        self._handles.append(model.register_forward_pre_hook(_Hook(self, "_before_model")))
-        self._handles.append(
-            model.register_forward_hook(_Hook(self, "_after_model"), always_call=True)
-        )
+            drop_inert(module)
+        self._handles: list[RemovableHandle] = [
+            model.register_forward_pre_hook(Hook(self, "_before_model")),
+            model.register_forward_hook(Hook(self, "_after_model"), always_call=True),
+        ]
 
     def close(self) -> None:
         """Remove all hooks. Harmless when done twice."""
-        _remove(self._handles)
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
         self.discard()
-        self._pass = None
+        stand_aside(self, False)
+
+    def expect(self) -> None:
+        """A step begins, and with it what its blocks want to know."""
+        stand_aside(self, any(block.listening for block in self.blocks.values()))
 
     def flush(self) -> None:
         """Give the samples of layers of whose calls the backward pass has reached only some."""
-        for key in list(self._waiting):
-            self._give_waiting(*key)
+        for delivery in self._waiting:
+            for name in list(delivery.calls):
+                self._give(delivery, name)
+        self._waiting.clear()
 
     def discard(self) -> None:
         """Forget those samples."""
         self._waiting.clear()
+        self.reached_layers.clear()
 
-    def _give_waiting(self, here: _Pass, name: str) -> None:
-        calls = self._waiting.pop((here, name))
-        self._give(calls, here)
-        for call in calls:
-            call.gradient = None
-            if self.fisher is None:
-                call.input, call.given = None, True
+    # -- forward -----------------------------------------------------------------------------------
 
-    def _register(self, module: nn.Module, method: str, name: str) -> None:
-        hook = _Hook(self, method, name)
-        # Before the model's own hook, should the model itself be a layer.
-        self._handles.append(module.register_forward_hook(hook, prepend=True, with_kwargs=True))
+    def _looks(self) -> bool:
+        """Whether the forward pass that is running is one to be seen."""
+        # What torch.func differentiates is somebody's own computation, not a step's loss.
+        return (
+            torch.is_grad_enabled()
+            and not torch._C._are_functorch_transforms_active()
+            and any(block.listening for block in self.blocks.values())
+        )
 
     def _before_model(self, module: nn.Module, args: Any) -> None:
-        # What torch.func differentiates is somebody's own computation, not a step's loss.
-        seen = torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
-        self._pass = _Pass() if seen else None
-
-    def _after_layer(
-        self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
-    ) -> None:
-        block, here = self.blocks[name], self._pass
-        if here is None or not (block.listening and module.training):
+        self._unfused.close()
+        if not self._looks():
             return
-        if not torch.is_grad_enabled():
-            self.without_grad.add(name)
-            return
-        x = args[0] if args else kwargs["input"]
-        block.layer.check_input(x)
-        if not out.requires_grad:
-            return
-        seen = None if block.layer.weight is None else x.detach()
-        call = _Call(block, seen, len(block.layer.batched(out)))
-        here.calls.append(call)
-        self._follow(here, call, out)
-
-    # A hook put on a tensor inside a compiled graph would not run.
-    @torch._disable_dynamo  # type: ignore[attr-defined]
-    def _follow(self, here: _Pass, call: _Call, out: Tensor) -> None:
-        if self.fisher is None:
-            out.register_hook(lambda gradient: self._overheard(here, call, gradient))
-        else:
-            call.edge = get_gradient_edge(out)
+        for name, candidate in self.candidates.items():
+            if name in self.blocks:
+                candidate.check(name)
+        if self._recurrent:
+            # Fused kernels of recurrent layers keep to themselves what they multiply.
+            backends: list[Any] = [torch.backends.mkldnn, torch.backends.cudnn]
+            for backend in backends:
+                self._unfused.callback(setattr, backend, "enabled", backend.enabled)
+                backend.enabled = False
 
     def _after_model(self, module: nn.Module, args: Any, result: Any) -> None:
-        here, self._pass = self._pass, None
-        if here is None or not here.calls or result is None:  # None: the forward has failed
+        self._unfused.close()
+        if result is None or not self._looks():  # None: the forward has failed
             return
-        self.passes += 1
-        if self.fisher is None:
-            first = here.calls[0].rows
-            here.examples = len(result) if _has_rows(result) else first
-            return
-        output = self.output(result)
-        self.fisher.likelihood.check(output)
-        here.examples = len(output)
-        if output.requires_grad:
-            values, edge = output.detach().clone(), get_gradient_edge(output)
-            # The graph's last node must not be held by its own hook: the cycle would run through
-            # autograd, where Python's collector can't see it, and the graph would never be freed.
-            for call in here.calls:
-                if call.edge is not None and call.edge.node is edge.node:
-                    call.edge = None
-            number = edge.output_nr
-            output.register_hook(
-                lambda gradient: self._differentiate(here, values, number, gradient)
+        try:
+            self._note(result)
+        except ValueError as error:
+            if module.training:
+                raise
+            self.problem = error  # evaluation may do as it likes; a step will say it
+
+    def _note(self, result: Any) -> None:
+        """Wait for a backward pass from what the model returned."""
+        found = self.outputs(result)
+        if len(self.likelihoods) not in (1, len(found)):
+            raise ValueError(
+                f"{len(self.likelihoods)} likelihoods were given, but the model has {len(found)} "
+                "outputs: give one for each, or output= to pick the right tensors"
             )
+        here = _Pass([output.detach() for output in found])
+        for number, output in enumerate(found):
+            if self.fisher is not None:
+                self._likelihood(number).check(output)
+            if output.requires_grad:
+                # What the user changes in place later is not what the labels are drawn from.
+                here.outputs[number] = output.detach().clone()
+                edge = source_of(output)
+                edge.node.register_prehook(_Reached(self, here, number, edge.output_nr))
 
-    def _overheard(self, here: _Pass, call: _Call, gradient: Tensor) -> None:
-        """The user's backward pass has reached a layer's output (empirical Fisher)."""
-        if not (_own_passes or call.given) and here.examples:
-            self._received(here, call, gradient)
+    def _likelihood(self, number: int) -> Likelihood:
+        return self.likelihoods[number if len(self.likelihoods) > 1 else 0]
 
-    def _received(self, here: _Pass, call: _Call, gradient: Tensor) -> None:
-        """A layer's output gradient is there: hand it on if those of all its calls are."""
-        call.gradient = gradient.detach()
-        calls = [other for other in here.calls if other.block is call.block]
-        self._waiting[here, call.block.name] = calls
-        if all(other.gradient is not None for other in calls):
-            self._give_waiting(here, call.block.name)
+    # -- backward ----------------------------------------------------------------------------------
 
-    def _differentiate(self, here: _Pass, values: Tensor, number: int, gradient: Tensor) -> None:
-        """The user's backward pass has reached the network's output."""
-        global _own_passes
-        assert self.fisher is not None
-        if _own_passes or not here.examples or not here.calls:
+    def reached(self, here: _Pass, number: int, root: GradientEdge, gradient: Tensor) -> None:
+        """The user's backward pass has reached an output of the network."""
+        closed = not self._handles
+        if closed or measuring() or number in here.done:
             return
-        root = GradientEdge(torch._C._current_autograd_node(), number)
-        nodes = [call.edge.node for call in here.calls if call.edge is not None]
-        last = _last(root.node, nodes)
-        used = self.fisher.likelihood.used(gradient)
-        _own_passes += 1
-        try:
-            for draw, cotangent in enumerate(self.fisher.cotangents(values)):
-                here.first = draw == 0
-                cotangent = (cotangent if used is None else cotangent * used).to(values.dtype)
-                self._go_through(here, root, last, cotangent)
-                self.flush()
-        finally:
-            _own_passes -= 1
-            here.calls = []  # once for each forward pass
+        layers = {name: block.layer for name, block in self.blocks.items()}
+        found = search(root.node, self.owner, layers)
+        self.reentrant |= found.reentrant
+        self.compiled |= found.compiled
+        for name, kind in found.strange.items():
+            self.strange.setdefault(name, kind)
+        uses = found.counted()
+        if not uses:
+            return
+        here.done.add(number)
+        self.passes += 1
+        self.reached_layers.update(use.name for use in uses)
+        # Of a batch that is empty or not finite there is nothing to be learnt.
+        if not gradient.numel():
+            return
+        if not verdict.waits(gradient.device) and not bool(gradient.isfinite().all()):
+            return
+        with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
+            task = torch._C._current_graph_task_id()
+            if task != self._task:
+                self._task = task
+                self._begin()
+            self._settle(found, uses)
+            self._measure(here, number, root, gradient, uses)
 
-    def _go_through(
-        self, here: _Pass, root: GradientEdge, last: set[Node], cotangent: Tensor
-    ) -> None:
-        """A backward pass of our own through the user's graph, which is kept."""
-        ends, handles = [], []
-        try:
-            for call in here.calls:
-                if call.edge is None:
-                    self._received(here, call, cotangent)
-                elif call.edge.node in last:
-                    ends.append((call, call.edge))
-                else:
-                    hook = partial(self._passed, here, call, call.edge.output_nr)
-                    handles.append(call.edge.node.register_prehook(hook))
-            edges = [edge for _, edge in ends]
-            for (call, _), gradient in zip(ends, _gradients(root, edges, cotangent), strict=True):
-                if gradient is not None:
-                    self._received(here, call, gradient)
-        finally:
-            _remove(handles)
+    def _begin(self) -> None:
+        """A backward pass begins: forget what came along with gradients that are gone by now."""
+        pending = [block for block in self.blocks.values() if block.pending]
+        gone = [block for block in pending if cleared(block.layer.parameters)]
+        for block in gone:
+            block.discard()
+        if gone or not pending:
+            self._waiting.clear()
+        self.flush()
 
-    def _passed(
-        self, here: _Pass, call: _Call, number: int, gradients: tuple[Tensor | None, ...]
+    def _settle(self, found: Found, uses: Sequence[Use]) -> None:
+        """Let layers be as they are seen to be used, the first time that they are."""
+        for use in uses:
+            layer, name = use.reading.layer, use.name
+            if isinstance(layer, ConvLayer) and use.reading.product.geometry is not None:
+                layer.geometry = use.reading.product.geometry(use.node)
+            if name in self._settled:
+                continue
+            self._settled.add(name)
+            if not self.blocks[name].empty:
+                continue
+            if isinstance(layer, LinearLayer) and all(
+                other.reading.swapped for other in uses if other.name == name
+            ):
+                layer.turn()
+            if layer.bias is not None and layer.weight is not None and name not in found.biases:
+                layer.without_bias()
+
+    def _measure(
+        self,
+        here: _Pass,
+        number: int,
+        root: GradientEdge,
+        gradient: Tensor,
+        uses: list[Use],
     ) -> None:
-        """Our own backward pass is about to go through what made a layer's output."""
-        gradient = gradients[number]
+        output = here.outputs[number]
+        likelihood = self._fit(number, output, gradient)
+
+        def projections(cotangent: Tensor, some: Sequence[Use]) -> list[Tensor | None]:
+            rows: dict[Use, Tensor] = {}
+
+            def received(use: Use, g: Tensor) -> None:
+                rows[use] = projected(use.reading.output_rows(g.detach()))
+
+            go_through(root, cotangent.to(gradient.dtype), some, received)
+            return [rows.get(use) for use in some]
+
+        class_dim = getattr(likelihood, "dim", None)
+        with own_pass():
+            grouping, orders = self._examples.find(output, class_dim, uses, projections)
+        used = None if likelihood is None else likelihood.used(output, gradient)
+        output = grouping.arrange(output)
+        used = None if used is None else grouping.arrange(used)
+        terms = output.new_ones(len(output), dtype=torch.float64)
+        if likelihood is not None:
+            terms = likelihood.terms(output, used)
+            if self.mean_over == "examples":
+                terms = (terms > 0).double()
+        scale: Tensor | float = 1.0
+        if here.terms is None:
+            here.terms = terms.sum()
+        else:
+            # Blocks divide by the terms of the first output; each output's mean counts alike.
+            ratio = here.terms / terms.sum().clamp_min(1)
+            scale, terms = ratio.sqrt(), terms * ratio
+        wanted: dict[Use, Expected] = {}
+        for use, order in zip(uses, orders, strict=True):
+            self.orders[use.name] = order
+            if self.blocks[use.name].listening:
+                wanted[use] = Expected(use.reading, order)
+        if used is not None and isinstance(self.fisher, ExactFisher):
+            self._reach(root, grouping.restore(used.to(gradient.dtype).expand_as(output)), wanted)
+        read_inputs(wanted)
+        for use in wanted:
+            x = use.reading.input
+            if x is not None and not use.reading.swapped:
+                use.reading.layer.check_input(x.mT if use.reading.product.left else x)
+        mask = None if used is None else used.flatten(1) if used.dim() > 1 else used[:, None]
+        delivery = Delivery(len(output), mask, terms, frozenset(here.given))
+        delivery.expect(wanted.values())
+        here.given |= {use.name for use in wanted}
+        if self.fisher is None:
+            self._waiting.append(delivery)
+            self._listen(delivery, wanted, root, gradient)
+            return
+        assert likelihood is not None
+        for draw, cotangent in enumerate(self.fisher.cotangents(likelihood, output)):
+            delivery.first = draw == 0
+            delivery.expect(wanted.values())
+            if used is not None:
+                cotangent = cotangent * used
+            cotangent = grouping.restore(cotangent * scale).to(gradient.dtype)
+            with own_pass():
+                go_through(
+                    root,
+                    cotangent,
+                    list(wanted),
+                    lambda use, g: self._received(delivery, wanted[use], g),
+                )
+            for name in list(delivery.calls):
+                self._give(delivery, name)
+
+    def _reach(self, root: GradientEdge, cotangent: Tensor, wanted: Mapping[Use, Expected]) -> None:
+        """Note which rows any term looks at, where a draw has only some of the terms."""
+        generator = torch.Generator().manual_seed(0)
+        cotangent = cotangent * torch.randn(cotangent.shape, generator=generator).to(cotangent)
+
+        def received(use: Use, g: Tensor) -> None:
+            wanted[use].reached = (use.reading.output_rows(g.detach()) != 0).flatten(1).any(1)
+
+        with own_pass():
+            go_through(root, cotangent, list(wanted), received)
+
+    def _fit(self, number: int, output: Tensor, gradient: Tensor) -> Likelihood | None:
+        """The likelihood of an output; None if it is not known, which "empirical" can bear."""
+        key = number, output.dim()
+        if key in self._fitted:
+            return self._fitted[key]
+        fitted: Likelihood | None = None
+        try:
+            self._likelihood(number).check(output)
+            fitted = self._likelihood(number).fitted(output, gradient)
+        except ValueError:
+            if self.fisher is not None:
+                raise
+            self.uncounted.add(number)
+        if bool((gradient != 0).any()):
+            self._fitted[key] = fitted
+        return fitted
+
+    def _listen(
+        self,
+        delivery: Delivery,
+        wanted: Mapping[Use, Expected],
+        root: GradientEdge,
+        gradient: Tensor,
+    ) -> None:
+        """Have the user's own backward pass give what it brings (empirical Fisher)."""
+        for use, product in wanted.items():
+            if use.node is root.node:
+                self._received(delivery, product, gradient)
+            else:
+                use.node.register_prehook(_Overheard(self, delivery, product))
+
+    def overheard(self, delivery: Delivery, product: Expected, gradient: Tensor) -> None:
+        """The user's backward pass has reached a product (empirical Fisher)."""
+        if not measuring() and delivery in self._waiting and product.reading.name in delivery.calls:
+            with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
+                self._received(delivery, product, gradient)
+
+    def _received(self, delivery: Delivery, product: Expected, gradient: Tensor) -> None:
+        """A product's output gradient is there: hand it on if those of all its layer's are."""
+        if delivery.received(product, gradient):
+            self._give(delivery, product.reading.name)
+
+    def _give(self, delivery: Delivery, name: str) -> None:
+        """Hand a block the calls of its layer in one pass, as far as they were reached."""
+        for sample in delivery.samples(name):
+            device = sample.gradients[0].device.type
+            with torch.no_grad(), torch.autocast(device, enabled=False):
+                self.blocks[name].observe(sample)
+
+
+@dataclass(eq=False)
+class _Reached:
+    """A hook on the node that made an output.
+
+    It must not hold that node: the cycle would run through autograd, where Python's collector can't
+    see it, and the graph would never be freed.
+    """
+
+    capture: Capture
+    here: _Pass
+    number: int
+    place: int
+
+    def __call__(self, gradients: tuple[Tensor | None, ...]) -> None:
+        gradient = gradients[self.place]
         if gradient is not None:
-            self._received(here, call, gradient)
-
-    def _give(self, calls: list[_Call], here: _Pass) -> None:
-        """Hand a block the calls of its layer in one pass."""
-        inputs: list[Tensor | None] = []
-        outputs: list[Tensor] = []
-        for call in calls:
-            if call.gradient is not None:
-                batched = call.block.layer.batched
-                inputs.append(None if call.input is None else batched(call.input))
-                outputs.append(batched(call.gradient))
-        sample = Sample(inputs, outputs, here.examples, here.first)
-        with torch.no_grad(), torch.autocast(outputs[0].device.type, enabled=False):
-            calls[0].block.observe(sample)
+            root = GradientEdge(torch._C._current_autograd_node(), self.place)
+            self.capture.reached(self.here, self.number, root, gradient)
 
 
-def _last(root: Node, nodes: list[Node]) -> set[Node]:
-    """Those of the nodes reached from the root from which no other of them is reached.
+@dataclass(eq=False)
+class _Overheard:
+    """A hook on a product that the user's backward pass is about to go through."""
 
-    Autograd that is asked for their gradients goes through all the others on its way.
-    """
-    wanted = set(nodes)
-    leads: dict[Node, bool] = {}  # holds the nodes: one that nothing holds has no lasting identity
-    open_nodes = [(root, False)]
-    while open_nodes:
-        node, done = open_nodes.pop()
-        following = [other for other, _ in node.next_functions if other is not None]
-        if done:
-            leads[node] = any(other in wanted or leads[other] for other in following)
-        elif node not in leads:
-            leads[node] = False
-            open_nodes.append((node, True))
-            open_nodes += [(other, False) for other in following]
-    return {node for node in wanted if node in leads and not leads[node]}
+    capture: Capture
+    delivery: Delivery
+    product: Expected
+
+    def __call__(self, gradients: tuple[Tensor | None, ...]) -> None:
+        if gradients[0] is not None:
+            self.capture.overheard(self.delivery, self.product, gradients[0])
 
 
-def _gradients(
-    root: GradientEdge, edges: list[GradientEdge], cotangent: Tensor
-) -> tuple[Tensor | None, ...]:
-    """Gradients of layer outputs, from the user's graph, which is kept."""
-    if not edges:
-        return ()
-    try:
-        return torch.autograd.grad(root, edges, cotangent, retain_graph=True, allow_unused=True)
-    except RuntimeError as error:
-        if "checkpoint" not in str(error):
-            raise
-        raise RuntimeError(REENTRANT) from error
-
-
-def find_output(result: Any) -> Tensor:
-    """The logits in what a model returned: itself, or its field ``.logits``.
-
-    Raises:
-        ValueError: if it is neither.
-    """
-    output = result if isinstance(result, Tensor) else getattr(result, "logits", None)
-    if not isinstance(output, Tensor):
-        raise ValueError(
-            f"the model returned {type(result).__name__}, neither a tensor nor an object with a "
-            "tensor in .logits: give output=, a function that finds the logits in it, e.g. "
-            "output=lambda result: result[0]"
-        )
-    return output
-
-
-def _has_rows(result: Any) -> bool:
-    return isinstance(result, Tensor) and result.dim() > 0
-
-
-def _remove(handles: list[RemovableHandle]) -> None:
-    for handle in handles:
-        handle.remove()
-    handles.clear()
-
-
-class _Hook:
-    """A hook that does not keep its `Capture` alive, and does nothing in a copy of the model.
-
-    A model's hooks go along when it is copied or saved; there, an inert function takes their place.
-    """
-
-    def __init__(self, capture: Capture, method: str, *args: str) -> None:
-        self.capture = weakref.ref(capture)
-        self.method = method
-        self.args = args
-
-    def __call__(self, *args: Any) -> None:
-        capture = self.capture()
-        if capture is not None:
-            getattr(capture, self.method)(*self.args, *args)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
-        return inert
-
-    def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
-        return _make_inert, ()
-
-
-def inert(*args: Any) -> None:
-    """What stands for our hooks in a copied or saved model."""
-
-
-def _make_inert() -> Callable[..., None]:
-    return inert
-
-
-def _drop_inert(module: nn.Module) -> None:
-    for hooks in (module._forward_hooks, module._forward_pre_hooks):
-        for key in [key for key, hook in hooks.items() if hook is inert]:
-            del hooks[key]
-            module._forward_hooks_with_kwargs.pop(key, None)
-            module._forward_hooks_always_called.pop(key, None)
+def cleared(parameters: Sequence[nn.Parameter]) -> bool:
+    """Whether the gradients that were there are gone, by whoever cleared them."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    return not grads or not any(bool(grad.any()) for grad in grads)

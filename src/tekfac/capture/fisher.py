@@ -15,75 +15,55 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from tekfac.capture.likelihoods import LIKELIHOODS, Likelihood
+from tekfac.capture.likelihoods import Likelihood
 
 
 class Fisher(ABC):
-    """A way of taking the expectation over labels, for outputs of one likelihood."""
-
-    def __init__(self, likelihood: Likelihood) -> None:
-        self.likelihood = likelihood
+    """A way of taking the expectation over labels."""
 
     @abstractmethod
-    def cotangents(self, output: Tensor) -> Iterator[Tensor]:
+    def cotangents(self, likelihood: Likelihood, output: Tensor) -> Iterator[Tensor]:
         """Cotangents whose outer products sum to (an estimate of) the expectation over labels."""
 
 
 class ExactFisher(Fisher):
     """The expectation itself, one backward pass per class (and position, or output entry)."""
 
-    def cotangents(self, output: Tensor) -> Iterator[Tensor]:
-        return self.likelihood.expectation(output)
+    def cotangents(self, likelihood: Likelihood, output: Tensor) -> Iterator[Tensor]:
+        return likelihood.expectation(output)
 
 
 class SampledFisher(Fisher):
     """Labels drawn from the model's predictive distribution, an unbiased estimate.
 
     Args:
-        likelihood: the predictive distribution.
         samples: labels per example, and backward passes.
         generator: where the draws come from. If None, a generator of its own, seeded by
             ``torch.initial_seed()``: it follows ``torch.manual_seed`` and leaves the global stream
             alone.
     """
 
-    def __init__(
-        self, likelihood: Likelihood, samples: int, generator: torch.Generator | None
-    ) -> None:
-        super().__init__(likelihood)
+    def __init__(self, samples: int, generator: torch.Generator | None) -> None:
         self.samples = samples
         self.generator = torch.Generator() if generator is None else generator
         if generator is None:
             self.generator.manual_seed(torch.initial_seed())
 
-    def cotangents(self, output: Tensor) -> Iterator[Tensor]:
+    def cotangents(self, likelihood: Likelihood, output: Tensor) -> Iterator[Tensor]:
         for _ in range(self.samples):
-            yield self.likelihood.sample(output, self.generator) / math.sqrt(self.samples)
+            yield likelihood.sample(output, self.generator) / math.sqrt(self.samples)
 
 
-def make_fisher(
-    fisher: str, likelihood: str | Likelihood, samples: int, generator: torch.Generator | None
-) -> Fisher | None:
+def make_fisher(fisher: str, samples: int, generator: torch.Generator | None) -> Fisher | None:
     """The Fisher matrix of a name; None for "empirical".
 
     Raises:
-        TypeError: if ``likelihood`` is neither a name nor a `Likelihood`.
         ValueError: for an unknown name.
     """
-    if isinstance(likelihood, str):
-        if likelihood not in LIKELIHOODS:
-            known = ", ".join(map(repr, LIKELIHOODS))
-            raise ValueError(f"likelihood must be one of {known}, got {likelihood!r}")
-        likelihood = LIKELIHOODS[likelihood]
-    elif not isinstance(likelihood, Likelihood):
-        raise TypeError(
-            "likelihood must be a name or a tekfac likelihood such as tekfac.Categorical(), got "
-            f"{likelihood!r}"
-        )
     if fisher == "mc":
-        return SampledFisher(likelihood, samples, generator)
+        return SampledFisher(samples, generator)
     if fisher == "exact":
-        return ExactFisher(likelihood)
+        return ExactFisher()
     if fisher == "empirical":
         return None
     raise ValueError(f'fisher must be "mc", "exact" or "empirical", got {fisher!r}')

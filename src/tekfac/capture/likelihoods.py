@@ -5,20 +5,31 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tekfac import verdict
 from tekfac.checks import check_positive
 
 
 class Likelihood(ABC):
-    """``p(y|x)`` as a function of the network's output; examples are independent and come first.
+    """``p(y|x)`` as a function of the network's output; examples come first.
 
-    A *cotangent* is ``d(-log p(y|x))/d output``, in the output's shape and in float32 at least.
+    A *term* is one draw: the label of an image, a token or a pixel, one entry of a regression's
+    target (docs/fisher.md). Given the output, terms are independent. A *cotangent* is
+    ``d(-log p(y|x))/d output``, in the output's shape and in float32 at least.
     """
+
+    def fitted(self, output: Tensor, gradient: Tensor) -> Likelihood:
+        """This likelihood, with what it left open decided by an output and the loss's gradient.
+
+        Raises:
+            ValueError: if it does not fit them.
+        """
+        return self
 
     @abstractmethod
     def check(self, output: Tensor) -> None:
@@ -30,15 +41,29 @@ class Likelihood(ABC):
 
     @abstractmethod
     def sample(self, output: Tensor, generator: torch.Generator) -> Tensor:
-        """The cotangent of one label drawn for every example (and position)."""
+        """The cotangent of one label drawn for every term."""
 
     @abstractmethod
     def expectation(self, output: Tensor) -> Iterator[Tensor]:
         """Cotangents whose outer products sum, per example, to the expectation over labels."""
 
-    def used(self, gradient: Tensor) -> Tensor | None:
-        """Where the user's loss looks at the output, by its gradient; None for everywhere."""
+    def used(self, output: Tensor, gradient: Tensor) -> Tensor | None:
+        """Which terms the user's loss has, judged by its gradient; None for all.
+
+        Of the output's shape, with 1 along dimensions that belong to one term.
+        """
         return None
+
+    def terms(self, output: Tensor, used: Tensor | None) -> Tensor:
+        """How many terms each example has that are ``used``: ``(N,)``, in float64."""
+        if used is None:
+            each = output[:1].numel() // self._entries(output)
+            return torch.full((len(output),), each, dtype=torch.float64, device=output.device)
+        return used.flatten(1).sum(1, dtype=torch.float64) if used.dim() > 1 else used.double()
+
+    def _entries(self, output: Tensor) -> int:
+        """How many of the output's entries a term has."""
+        return 1
 
     def _check_floating(self, output: Tensor, dims: int, words: str) -> None:
         if not output.is_floating_point() or output.dim() < dims:
@@ -58,37 +83,100 @@ def _uniform(like: Tensor, generator: torch.Generator) -> Tensor:
     return values.to(like.device, non_blocking=True)
 
 
+# A softmax's gradient sums to zero over its classes: how near to it, of its absolute sum, in the
+# types that outputs come in.
+SUMS_TO_ZERO = 0.02
+
+
 @dataclass(frozen=True)
 class Categorical(Likelihood):
-    """Classes by logits, as in ``F.cross_entropy``; trailing dimensions are independent positions.
-
-    Positions that the loss ignores (``ignore_index``, a mask) contribute nothing: they are known by
-    the user's own gradient, which is exactly zero for all their classes.
+    """Classes by logits, as in ``F.cross_entropy``; all other dimensions are terms of their own.
 
     Args:
-        dim: dimension of the classes: 1 as in ``F.cross_entropy``, -1 for a sequence model's ``(N,
-            T, classes)``.
+        dim: dimension of the classes, never the first: 1 as in ``F.cross_entropy``, -1 for a
+            sequence model's ``(N, T, classes)``. None for that along which the loss's gradient
+            sums to zero, as a softmax's does; a loss of which that is true along none, or several,
+            is refused.
+        masked: whether a term whose gradient is exactly zero is one that the loss leaves out, as
+            ``ignore_index`` and masks do, and does not count. False for never: a policy's state
+            counts whatever its advantage. None to judge by the others' gradients: they are left
+            out where those are of a (perhaps weighted) cross entropy, and not where weights differ
+            within a class or pull away from it, as advantages do.
     """
 
-    dim: int = 1
+    dim: int | None = None
+    masked: bool | None = None
+
+    def fitted(self, output: Tensor, gradient: Tensor) -> Likelihood:
+        dims = output.dim()
+        if self.dim is not None:
+            return replace(self, dim=self.dim % dims - dims)
+        if not bool((gradient != 0).any()):
+            # Nothing to judge by; without a gradient no term will count.
+            return replace(self, dim=1 - dims if dims == 2 or self.masked is False else -1)
+        parts = []
+        for dim in range(1, dims):
+            if output.shape[dim] > 1:
+                size = gradient.abs().sum(dtype=torch.float64)
+                off = gradient.to(_wide(gradient).dtype).sum(dim).abs().sum(dtype=torch.float64)
+                logs = _wide(output).logsumexp(dim).abs().max()
+                parts.append((float(off / size), float(logs), dim))
+        # A model that returns log-probabilities leaves the softmax's gradient to be made of them.
+        fits = [dim for off, logs, dim in parts if off < SUMS_TO_ZERO or logs < SUMS_TO_ZERO]
+        if len(fits) > 1:
+            smallest, second = sorted(parts)[:2]
+            fits = [smallest[2]] if 10 * smallest[0] < second[0] else fits
+        if len(fits) == 1:
+            return replace(self, dim=fits[0] - dims)
+        words = "along several dimensions" if fits else "along no dimension"
+        likely = self._looks_like_probabilities(output)
+        raise ValueError(
+            f"the gradient of the loss by the output of shape {tuple(output.shape)} sums to zero "
+            f"{words}, as a softmax's does over its classes"
+            + (
+                f": the output holds probabilities; return logits, or their logarithm{likely}"
+                if likely
+                else ". If the output holds logits of classes, say along which dimension: "
+                "likelihood=tekfac.Categorical(dim=-1); of another loss, e.g. "
+                'likelihood="gaussian" for a squared error, "bernoulli" for yes or no'
+            )
+        )
+
+    @staticmethod
+    def _looks_like_probabilities(output: Tensor) -> str:
+        for dim in range(1, output.dim()):
+            total = _wide(output).sum(dim)
+            if bool((output >= 0).all()) and bool(((total - 1).abs() < 1e-2).all()):
+                return f" (they sum to 1 along dimension {dim})"
+        return ""
 
     def check(self, output: Tensor) -> None:
         self._check_floating(output, 2, "logits of shape (N, classes, ...)")
-        if not -output.dim() <= self.dim < output.dim() or self.dim % output.dim() == 0:
+        if self.dim is not None and (
+            not -output.dim() <= self.dim < output.dim() or self.dim % output.dim() == 0
+        ):
             raise ValueError(
                 f"Categorical(dim={self.dim}): an output of shape {tuple(output.shape)} has no "
                 "such class dimension after the first"
             )
+        classes = output.shape[self.dim] if self.dim is not None else max(output.shape[1:])
+        if classes < 2:
+            raise ValueError(
+                f"the categorical likelihood needs two classes or more, got an output of shape "
+                f'{tuple(output.shape)}: for one logit give likelihood="bernoulli"'
+            )
 
     def sample(self, output: Tensor, generator: torch.Generator) -> Tensor:
-        p = F.softmax(_wide(output), self.dim).movedim(self.dim, -1)
+        dim = self._dim
+        p = F.softmax(_wide(output), dim).movedim(dim, -1)
         cumulative = p.cumsum(-1)
         threshold = _uniform(p[..., :1], generator) * cumulative[..., -1:]
         label = torch.searchsorted(cumulative, threshold, right=True).clamp_max(p.shape[-1] - 1)
-        return p.scatter_add(-1, label, -torch.ones_like(threshold)).movedim(-1, self.dim)
+        return p.scatter_add(-1, label, -torch.ones_like(threshold)).movedim(-1, dim)
 
     def expectation(self, output: Tensor) -> Iterator[Tensor]:
-        p = F.softmax(_wide(output), self.dim).movedim(self.dim, -1)
+        dim = self._dim
+        p = F.softmax(_wide(output), dim).movedim(dim, -1)
         classes = p.shape[-1]
         positions = p.flatten(1, -2) if p.dim() > 2 else p[:, None]
         for position in range(positions.shape[1]):
@@ -98,17 +186,67 @@ class Categorical(Likelihood):
                 cotangent[:, position] = here
                 cotangent[:, position, label] -= 1
                 cotangent[:, position] *= here[:, label, None].sqrt()
-                yield cotangent.reshape(p.shape).movedim(-1, self.dim)
+                yield cotangent.reshape(p.shape).movedim(-1, dim)
 
-    def used(self, gradient: Tensor) -> Tensor | None:
-        return (gradient != 0).any(self.dim, keepdim=True)
+    def used(self, output: Tensor, gradient: Tensor) -> Tensor | None:
+        if self.masked is False:
+            return None
+        used = (gradient != 0).any(self._dim, keepdim=True)
+        # A label that is certain, to the last bit, has no gradient either.
+        used = used | (F.softmax(_wide(output), self._dim).amax(self._dim, keepdim=True) == 1)
+        if self.masked is None:
+            used = used | self._advantages(output, gradient, used)
+        # Where the host can see that there is nothing to leave out, nobody need look again.
+        return used if verdict.waits(used.device) or not bool(used.all()) else None
+
+    def _advantages(self, output: Tensor, gradient: Tensor, used: Tensor) -> Tensor:
+        """Whether the gradients are of log-probabilities weighed by anything, 0-dimensional.
+
+        A cross entropy's gradient is ``w (p - e_y)``, with one weight ``w > 0``, or one for each
+        class. Weights that differ within a class, or are negative, are advantages; and so are
+        those whose one value is that of a mean over all terms, of which some got nothing.
+        """
+        if not verdict.waits(used.device) and bool(used.all() | ~used.any()):
+            return torch.tensor(False)
+        g = _wide(gradient).movedim(self._dim, -1).flatten(0, -2)
+        p = F.softmax(_wide(output), self._dim).movedim(self._dim, -1).flatten(0, -2)
+        there = used.movedim(self._dim, -1).flatten()
+
+        def fits(sign: int) -> tuple[Tensor, Tensor, Tensor]:
+            label = (sign * g).argmin(-1, keepdim=True)
+            weight = -sign * g.gather(-1, label) / (1 - p.gather(-1, label)).clamp_min(1e-12)
+            model = sign * weight * p.scatter_add(-1, label, -torch.ones_like(weight))
+            missed = (g - model).abs().sum(-1) <= 0.02 * g.abs().sum(-1)
+            return missed & there, weight[:, 0], label[:, 0]
+
+        pulls, weight, label = fits(1)
+        pushes = fits(-1)[0] & ~pulls if g.shape[-1] > 2 else torch.zeros_like(pulls)
+        highest = weight.new_full((g.shape[-1],), -math.inf)
+        lowest = weight.new_full((g.shape[-1],), math.inf)
+        highest = highest.scatter_reduce(0, label[:], weight.where(there, -math.inf), "amax")
+        lowest = lowest.scatter_reduce(0, label[:], weight.where(there, math.inf), "amin")
+        plain = (pulls == there).all()
+        differ = (highest > 1.05 * lowest).any()
+        even = (highest.max() < 1.001 * lowest.min()) & (
+            (highest.max() * len(there) - 1).abs() < 1e-3
+        )
+        return pushes.any() | (plain & (differ | even))
+
+    @property
+    def _dim(self) -> int:
+        """The classes' dimension, decided by `fitted` if it was left open."""
+        return 1 if self.dim is None else self.dim
+
+    def _entries(self, output: Tensor) -> int:
+        return output.shape[self._dim]
 
 
 @dataclass(frozen=True)
 class Bernoulli(Likelihood):
     """Independent yes/no outputs by logits, as in ``F.binary_cross_entropy_with_logits``.
 
-    Entries that the loss ignores contribute nothing, as for `Categorical`.
+    Every entry is a term. One whose gradient is exactly zero is one that the loss leaves out,
+    unless its label is certain to the last bit.
     """
 
     def check(self, output: Tensor) -> None:
@@ -122,19 +260,21 @@ class Bernoulli(Likelihood):
         p = _wide(output).sigmoid()
         yield from _one_at_a_time((p * (1 - p)).sqrt())
 
-    def used(self, gradient: Tensor) -> Tensor | None:
-        return gradient != 0
+    def used(self, output: Tensor, gradient: Tensor) -> Tensor | None:
+        p = _wide(output).sigmoid()
+        used = (gradient != 0) | (p == 0) | (p == 1)
+        return used if verdict.waits(used.device) or not bool(used.all()) else None
 
 
 @dataclass(frozen=True)
 class Gaussian(Likelihood):
     """Outputs as means of normal distributions: ``-log p = ‖y - output‖²/(2 variance)``.
 
-    Every entry counts: a zero gradient is no sign that the loss ignores it.
+    Every entry is a term, and counts: a zero gradient is no sign that the loss leaves it out.
 
     Args:
         variance: of each entry, in squared units of the output. The default 1 fits half the squared
-            error, summed over an example's entries.
+            error.
 
     Raises:
         ValueError: if ``variance`` is not positive and finite.
@@ -173,3 +313,27 @@ LIKELIHOODS: dict[str, Likelihood] = {
     "bernoulli": Bernoulli(),
     "gaussian": Gaussian(),
 }
+
+
+def make_likelihoods(given: object) -> list[Likelihood]:
+    """Likelihoods by what a user gave: one, or a list of one for each output.
+
+    Raises:
+        TypeError: if something is neither a name nor a `Likelihood`.
+        ValueError: for an unknown name, and no likelihood at all.
+    """
+    if isinstance(given, (list, tuple)):
+        if not given:
+            raise ValueError("likelihood is an empty list: give one for each output")
+        return [each for one in given for each in make_likelihoods(one)]
+    if isinstance(given, str):
+        if given not in LIKELIHOODS:
+            known = ", ".join(map(repr, LIKELIHOODS))
+            raise ValueError(f"likelihood must be one of {known}, got {given!r}")
+        return [LIKELIHOODS[given]]
+    if not isinstance(given, Likelihood):
+        raise TypeError(
+            "likelihood must be a name or a tekfac likelihood such as tekfac.Categorical(), got "
+            f"{given!r}"
+        )
+    return [given]

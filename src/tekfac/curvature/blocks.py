@@ -97,6 +97,11 @@ class Block(ABC):
         self.due = Due()
         self._row_norm = layer.row_norm
         self._damping_kept: tuple[object, object, Tensor, Tensor] | None = None
+        self.positions = 1
+        """Rows that an example has in this layer, as last seen."""
+        self.pending = False
+        self._units: Tensor | float = 0
+        self._terms: Tensor | float = 0.0
         self.silent = False
         """Measured, and found to get no gradient at all, before there was any estimate."""
         self.discard()
@@ -201,8 +206,11 @@ class Block(ABC):
 
     def observe(self, sample: Sample) -> None:
         """Take the statistics of one backward pass into the sums of the step."""
+        self.pending = True
+        self.positions = self.layer.positions(sample)
         if sample.first:
-            self._examples += sample.examples
+            self._units = self._units + sample.units
+            self._terms = self._terms + self._here(sample.term_count)
         if self.due.factors:
             read = factor_reading(self.layer, sample, self.due.factor_rows)
             for rows in self.layer.chunks(sample, read.stride, read.dtype):
@@ -238,32 +246,42 @@ class Block(ABC):
 
         Args:
             gradient_scale: what the output gradients observed are to be multiplied by; None for
-                the number of examples in the batches observed.
+                the number of terms in the batches observed.
             factor_decay: ε2 of (3.6) and (3.7).
             scale_decay: ε1 of (3.8).
             usable: whether what was observed may be used. If that is open, no basis is due and
                 there is an estimate already, nothing is read from the device.
         """
-        examples = self._examples
-        if examples or self.due.basis:
+        if self.pending or self.due.basis:
             self._damping_kept = None
-        scale = float(examples) if gradient_scale is None else gradient_scale
+        some, terms = self.pending, self._terms
         used, failed = usable, False
-        if examples and self.due.factors:
+        if some and isinstance(terms, Tensor):
+            if used.open:
+                used = used.also(terms > 0)
+                terms = torch.where(terms > 0, terms, 1)
+            else:
+                # A batch in which no term counts says nothing.
+                some = bool(terms > 0)
+        scale = terms if gradient_scale is None else gradient_scale
+        if some and self.due.factors:
             if self.empty and self.factors.silent:
                 self.silent = True
                 self.discard()
                 return Report()
-            used = self.factors.update(examples, scale, factor_decay, usable)
+            used = self.factors.update(self._units, terms, scale, factor_decay, used)
         if self.due.basis and not self.factors.empty and not used.refused:
             failed = not self._refresh()
-        if examples and self.basis is not None and not used.refused:
+        if some and self.basis is not None and not used.refused:
             # What the factors could not use is not used here either.
             used = self._rescale(scale, scale_decay, used)
-        if examples and not used.refused:
+        if some and not used.refused:
             self._row_norm = used.choose(self.layer.row_norm, self._row_norm)
         self.discard()
-        return Report(used if examples else YES, failed)
+        return Report(used if some else YES, failed)
+
+    def _here(self, count: Tensor) -> Tensor:
+        return count.to(self.layer.full.device, non_blocking=True)
 
     @abstractmethod
     def fisher_trace(self) -> Tensor:
@@ -272,14 +290,19 @@ class Block(ABC):
     def discard(self) -> None:
         """Forget what was observed since the last update."""
         self.factors.clear()
-        self._examples = 0
+        self.pending = False
+        self._units, self._terms = 0, 0.0
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything the block has learnt, as tensors by name."""
         state = {f"factor.{name}": value for name, value in self.factors.state_dict().items()}
         if self.basis is not None:
             state |= {f"basis.{name}": value for name, value in vars(self.basis).items()}
-        return state | {"row_norm": self._row_norm, "silent": torch.tensor(self.silent)}
+        return state | {
+            "row_norm": self._row_norm,
+            "silent": torch.tensor(self.silent),
+            "positions": torch.tensor(self.positions),
+        }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take over what `state_dict` gave, in copies on the layer's device and as kept here."""
@@ -291,6 +314,7 @@ class Block(ABC):
         self.basis = Basis(**basis) if basis else None
         self._row_norm = state["row_norm"]
         self.silent = bool(state["silent"])
+        self.positions = int(state.get("positions", 1))
 
     def _adopted(self, name: str, value: Tensor) -> Tensor:
         dtype = self.storage if name in STORED else self.layer.dtype
@@ -334,7 +358,7 @@ class Block(ABC):
         more_in, more_out = damping * pi, damping / pi
         return output * more_in, more_out * (input + more_in)
 
-    def _rescale(self, gradient_scale: float, decay: float, usable: Verdict) -> Verdict:
+    def _rescale(self, gradient_scale: Tensor | float, decay: float, usable: Verdict) -> Verdict:
         """Average the batch's rescaling in, if it is finite and usable; whether it was."""
         return usable
 
@@ -422,6 +446,7 @@ class CorrectedBlock(Block):
 
     scale: Tensor | None = None
     """``S`` or ``Λ``, ``(G, d_out, d_in)``: a value for each pair of the basis' eigenvalues."""
+    _rescaled: Tensor | float = 0.0
 
     @property
     def empty(self) -> bool:
@@ -433,7 +458,7 @@ class CorrectedBlock(Block):
             read = scale_reading(self.layer, sample, self.due.scale_examples)
             part = sample.head(read.examples, copied=self.due.basis)
             if part.first:
-                self._rescaled += part.examples
+                self._rescaled = self._rescaled + self._here(part.term_count)
             if self.due.basis:
                 # Until the basis that it belongs to is known.
                 self._pending.append((part, read.dtype))
@@ -444,7 +469,7 @@ class CorrectedBlock(Block):
         super().discard()
         self._pending: list[tuple[Sample, torch.dtype | None]] = []
         self._sum: Tensor | None = None
-        self._rescaled = 0
+        self._rescaled = 0.0
 
     def state_dict(self) -> dict[str, Tensor]:
         state = super().state_dict()
@@ -468,11 +493,15 @@ class CorrectedBlock(Block):
                 bases = bases[0].to(gradients.dtype), bases[1].to(gradients.dtype)
                 self._sum = squared_gradients(gradients, *bases, self._sum)
 
-    def _rescale(self, gradient_scale: float, decay: float, usable: Verdict) -> Verdict:
+    def _rescale(self, gradient_scale: Tensor | float, decay: float, usable: Verdict) -> Verdict:
         for waiting in self._pending:
             self._add_squares(*waiting)
         if self._sum is None:
             return super()._rescale(gradient_scale, decay, usable)
+        some = torch.as_tensor(self._rescaled) > 0
+        if not usable.open and not bool(some):
+            return usable  # none of the examples read has a term
+        usable = usable.also(some.to(self._sum.device))
         used = usable.also(torch.isfinite(self._sum).all())
         if self.scale is None:
             used = used.read()
@@ -483,7 +512,8 @@ class CorrectedBlock(Block):
         if isinstance(past, Tensor):
             past = past.to(self._sum.dtype)
         assert self.basis is not None
-        mean = self._sum * (gradient_scale**2 / self._rescaled) / self.basis.counts
+        terms = torch.as_tensor(self._rescaled).clamp_min(torch.finfo(torch.float32).tiny)
+        mean = self._sum * (gradient_scale**2 / terms) / self.basis.counts
         old = None if self.scale is None else self.scale.to(mean.dtype)
         self.scale = averaged(old, mean, past).to(self.storage)
         return used

@@ -46,12 +46,18 @@ class Factors(ABC):
         """
 
     def update(
-        self, examples: int, gradient_scale: float, decay: float, usable: Verdict = YES
+        self,
+        units: Tensor | float,
+        terms: Tensor | float,
+        gradient_scale: Tensor | float,
+        decay: float,
+        usable: Verdict = YES,
     ) -> Verdict:
         """Average the batch's sums in, if they are finite; if not, the estimate is as it was.
 
         Args:
-            examples: number of examples in the sums.
+            units: number of examples in the sums.
+            terms: number of the likelihood's terms in them: what the matrix is a mean over.
             gradient_scale: what every ``g`` is to be multiplied by.
             decay: ε2 of (3.6) and (3.7).
             usable: whether the batch may be used at all. If that is open, nothing is read from the
@@ -70,11 +76,17 @@ class Factors(ABC):
             if isinstance(past, Tensor):
                 assert self.input.sum is not None
                 past = past.to(self.input.sum.dtype)[None]
-            self._average(examples, gradient_scale, past)
+            self._average(units, terms, gradient_scale, past)
         return used
 
     @abstractmethod
-    def _average(self, examples: int, gradient_scale: float, decay: Tensor | float) -> None:
+    def _average(
+        self,
+        units: Tensor | float,
+        terms: Tensor | float,
+        gradient_scale: Tensor | float,
+        decay: Tensor | float,
+    ) -> None:
         """Average the batch's sums in."""
 
     @property
@@ -133,18 +145,27 @@ class Factors(ABC):
 class KroneckerFactors(Factors):
     """``A = E[Ω]``, ``G = E[Γ]``: the factors of KFAC and EKFAC (paper, 2.4).
 
-    The block is taken to be ``A ⊗ G``, as if inputs and output gradients were uncorrelated.
+    The block is taken to be ``A ⊗ G``, as if inputs and output gradients were uncorrelated. ``A``
+    is the mean over examples, ``G`` over the likelihood's terms, so that ``A ⊗ G`` is, too.
     """
 
     def add(self, rows: Rows, first: bool) -> None:
-        read = rows.a.shape[2]
-        if first:
-            self.input.add(rows.a, rows.positions / read)
-        self.output.add(rows.g, 1 / read)
+        each = rows.positions / rows.a.shape[2]  # positions that each of those read stands for
+        new_a, new_g = rows.drawn
+        if first or new_a:
+            self.input.add(rows.a, each)
+        if first or new_g:
+            self.output.add(rows.g, each * rows.per_position)
 
-    def _average(self, examples: int, gradient_scale: float, decay: Tensor | float) -> None:
-        self.input.average(examples, decay)
-        self.output.average(examples / gradient_scale**2, decay)
+    def _average(
+        self,
+        units: Tensor | float,
+        terms: Tensor | float,
+        gradient_scale: Tensor | float,
+        decay: Tensor | float,
+    ) -> None:
+        self.input.average(units, decay)
+        self.output.average(terms / gradient_scale**2, decay)
 
     @property
     def coefficient(self) -> Tensor:
@@ -167,15 +188,21 @@ class TraceRestrictedFactors(Factors):
         self._delta: Tensor | None = None
 
     def add(self, rows: Rows, first: bool) -> None:
-        read = rows.a.shape[2]
+        each = rows.positions / rows.a.shape[2]  # positions that each of those read stands for
         trace_omega, g_norms = rows.norms()
-        trace_gamma = g_norms / rows.positions
-        self.input.add(rows.a, trace_gamma * (rows.positions / read))
-        self.output.add(rows.g, trace_omega / read)
+        trace_gamma = g_norms * rows.per_position
+        self.input.add(rows.a, trace_gamma * each)
+        self.output.add(rows.g, trace_omega * each * rows.per_position)
         delta = (trace_omega * trace_gamma).sum(dim=1)
         self._delta = delta if self._delta is None else self._delta.add_(delta)
 
-    def _average(self, examples: int, gradient_scale: float, decay: Tensor | float) -> None:
+    def _average(
+        self,
+        units: Tensor | float,
+        terms: Tensor | float,
+        gradient_scale: Tensor | float,
+        decay: Tensor | float,
+    ) -> None:
         assert self._delta is not None
         delta, first = self._delta, self.empty
         silent = delta <= 0
@@ -186,7 +213,7 @@ class TraceRestrictedFactors(Factors):
             if first:
                 # Of a group without any gradient no direction is known to differ from another.
                 moment.add_identity(silent.to(delta.dtype))
-        self.delta = averaged(self.delta, delta * (gradient_scale**2 / examples), decay)
+        self.delta = averaged(self.delta, delta * (gradient_scale**2 / terms), decay)
 
     def clear(self) -> None:
         super().clear()

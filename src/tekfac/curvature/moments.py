@@ -70,7 +70,8 @@ class Moment:
             self._trace_sum = usable.choose(self._trace_sum, 0)
 
     def average(self, divisor: Tensor | float, past: Tensor | float) -> None:
-        """Average the batch's sum, divided by ``divisor``, in; both are numbers or ``(G,)``."""
+        """Average the batch's sum, divided by ``divisor``, in; both are numbers, perhaps
+        0-dimensional, or ``(G,)``."""
         assert self.sum is not None
         new = symmetric(self.sum) if self.probe is None else self.sum
         new.div_(_for_matrices(divisor))
@@ -131,4 +132,4 @@ class Moment:
 
 
 def _for_matrices(value: Tensor | float) -> Tensor | float:
-    return value[:, None, None] if isinstance(value, Tensor) else value
+    return value[:, None, None] if isinstance(value, Tensor) and value.dim() else value

@@ -1,23 +1,30 @@
-"""Layer kinds: how a module is seen as the matrix ``W`` of the paper.
+"""Layer kinds: how a weight is seen as the matrix ``W`` of the paper, and how its uses are found.
 
-A kind is a file with a `Layer` subclass decorated with ``@register(ItsModule)``, imported here.
+A kind is a file with a `Layer` subclass; `assignment` says which weights are of it, `uses` which
+nodes of the autograd graph multiply them.
 """
 
-from tekfac.layers.assignment import Assignment, assign
-from tekfac.layers.convolution import ConvLayer
+from tekfac.layers.assignment import Assignment, Candidate, assign, layer_of
+from tekfac.layers.convolution import ConvLayer, Geometry
 from tekfac.layers.layer import Layer
 from tekfac.layers.linear import LinearLayer
-from tekfac.layers.registry import kind_of, register
-from tekfac.layers.sample import Rows, Sample
+from tekfac.layers.sample import Call, Rows, Sample
+from tekfac.layers.uses import Product, View, product_of, register_product
 
 __all__ = [
     "Assignment",
+    "Call",
+    "Candidate",
     "ConvLayer",
+    "Geometry",
     "Layer",
     "LinearLayer",
+    "Product",
     "Rows",
     "Sample",
+    "View",
     "assign",
-    "kind_of",
-    "register",
+    "layer_of",
+    "product_of",
+    "register_product",
 ]

@@ -1,13 +1,50 @@
-"""Which parameters of a model belong to which layer."""
+"""Which parameters of a model may get a curvature block, and why the others do not."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
-from tekfac.layers.registry import kind_of
+from tekfac.layers.convolution import ConvLayer, Geometry
+from tekfac.layers.layer import Layer
+from tekfac.layers.linear import LinearLayer
+
+
+@dataclass
+class Candidate:
+    """A weight that products may be found of, and its bias.
+
+    Args:
+        module: whose it is.
+        key: its name there.
+        weight: the weight, trained or not.
+        bias: its bias, None if it has none.
+        make: makes its layer from a name, the weight, and weight and bias as far as trained.
+    """
+
+    module: nn.Module
+    key: str
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    make: Callable[..., Layer]
+
+    def check(self, name: str) -> None:
+        """Raise if the module has another weight by now, of another shape.
+
+        Raises:
+            ValueError: naming the layer and both shapes.
+        """
+        now = self.module._parameters.get(self.key)
+        if now is not None and now.dim() == self.weight.dim() and now.shape != self.weight.shape:
+            raise ValueError(
+                f"layer {name!r} has a weight of shape {tuple(now.shape)} now, but its curvature "
+                f"block was built for {tuple(self.weight.shape)}: make a new optimizer after a "
+                "layer's parameters have changed shape"
+            )
 
 
 @dataclass
@@ -15,18 +52,78 @@ class Assignment:
     """Which parameters belong to layers, and why the others do not.
 
     Args:
-        modules: modules with a layer kind, by name.
-        owner: the name in ``modules`` for each parameter of such a module.
+        candidates: by name: the module's, or the parameter's where a module has several.
+        owner: the name in ``candidates`` for each parameter of one.
         reasons: for every other parameter of the model, why the first-order rule trains it.
     """
 
-    modules: dict[str, nn.Module]
-    owner: dict[nn.Parameter, str]
-    reasons: dict[nn.Parameter, str]
+    candidates: dict[str, Candidate] = field(default_factory=dict)
+    owner: dict[nn.Parameter, str] = field(default_factory=dict)
+    reasons: dict[nn.Parameter, str] = field(default_factory=dict)
+
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+# The bias that goes with a weight, by the weight's name in its module.
+BIASES = {"weight": "bias", "in_proj_weight": "in_proj_bias"}
+
+
+def candidates_of(module: nn.Module) -> dict[str, Candidate]:
+    """A module's weights that may be multiplied with rows, each by its name in the module.
+
+    Matrices of any module, and convolutions' kernels.
+    """
+    found: dict[str, Candidate] = {}
+    if isinstance(module, ParametrizationList):
+        return found  # what is multiplied is made of its parameters
+    for key, weight in module._parameters.items():
+        if weight is None or not weight.is_floating_point():
+            continue
+        bias = module._parameters.get(BIASES.get(key, _rnn_bias(key)))
+        if isinstance(module, CONVOLUTIONS) and key == "weight":
+            found[key] = Candidate(
+                module, key, weight, bias, partial(ConvLayer, geometry=Geometry.of(module))
+            )
+        elif isinstance(module, TRANSPOSED) and key == "weight":
+            # Its bias is added where its gradient comes from: no column of the matrix sees it.
+            found[key] = Candidate(
+                module, key, weight, None, partial(ConvLayer, geometry=Geometry.of(module))
+            )
+        elif weight.dim() == 2 and not isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            if bias is not None and not (bias.dim() == 1 and len(bias) in weight.shape):
+                bias = None
+            found[key] = Candidate(module, key, weight, bias, _linear(weight, bias))
+    return found
+
+
+def _rnn_bias(key: str) -> str:
+    return key.replace("weight_ih", "bias_ih").replace("weight_hh", "bias_hh")
+
+
+def _linear(weight: nn.Parameter, bias: nn.Parameter | None) -> Callable[..., Layer]:
+    # A bias tells which side of a matrix is the output; without one it is the first until it is
+    # seen to be used otherwise.
+    turned = bias is not None and len(bias) != len(weight)
+    return partial(LinearLayer, transposed=turned)
+
+
+def layer_of(module: nn.Module, *, weight: bool = True, name: str = "layer") -> Layer:
+    """A module with one weight, as a layer; without the weight, if that is not trained.
+
+    Raises:
+        ValueError: if the module has not exactly one weight that can be multiplied.
+    """
+    found = list(candidates_of(module).values())
+    if len(found) != 1:
+        raise ValueError(f"{type(module).__name__} has {len(found)} weights, not one")
+    [candidate] = found
+    own = candidate.weight if weight else None
+    return candidate.make(name, candidate.weight, own, candidate.bias)
 
 
 def assign(model: nn.Module, exclude: Sequence[str | type[nn.Module]]) -> Assignment:
-    """Find a model's layers.
+    """Find a model's layers, as far as they can be told before any use is seen.
 
     Args:
         model: the model.
@@ -56,23 +153,10 @@ def assign(model: nn.Module, exclude: Sequence[str | type[nn.Module]]) -> Assign
     types = tuple(entry for entry in exclude if isinstance(entry, type))
     prefixes = tuple(entry for entry in exclude if isinstance(entry, str))
 
-    uses: dict[nn.Parameter, int] = {}
-    for module in names.values():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                uses[parameter] = uses.get(parameter, 0) + 1
-
-    bypassed = {
-        child
-        for module in names.values()
-        if isinstance(module, nn.MultiheadAttention)
-        for child in module.children()
-    }
-    result = Assignment({}, {}, {})
+    result = Assignment()
+    left_out: set[nn.Parameter] = set()
     for name, module in names.items():
         own = {key: p for key, p in module._parameters.items() if p is not None}
-        if not own:
-            continue
         for key, parameter in own.items():
             if isinstance(parameter, nn.parameter.UninitializedParameter):
                 raise ValueError(
@@ -82,17 +166,23 @@ def assign(model: nn.Module, exclude: Sequence[str | type[nn.Module]]) -> Assign
         if isinstance(module, types) or any(
             name == prefix or name.startswith(prefix + ".") or prefix == "" for prefix in prefixes
         ):
-            reason = "left out by exclude"
-        elif any(uses[p] > 1 for p in own.values()):
-            reason = "shared between modules"
-        elif kind_of(module) is None or "weight" not in own:
-            reason = f"{type(module).__name__} has no curvature block"
-        elif module in bypassed:
-            reason = "MultiheadAttention uses its weight without calling it"
-        else:
-            result.modules[name] = module
-            result.owner.update(dict.fromkeys(own.values(), name))
-            continue
-        for parameter in own.values():
-            result.reasons.setdefault(parameter, reason)
+            left_out.update(own.values())
+    for name, module in names.items():
+        for key, candidate in candidates_of(module).items():
+            parameters = [p for p in (candidate.weight, candidate.bias) if p is not None]
+            # Tied: the uses of a weight add up in the block of the module that has it first.
+            if any(p in left_out or p in result.owner for p in parameters):
+                continue
+            label = name if key == "weight" else ".".join(part for part in (name, key) if part)
+            result.candidates[label] = candidate
+            result.owner.update(dict.fromkeys(parameters, label))
+    for module in names.values():
+        for parameter in module._parameters.values():
+            if parameter is not None and parameter not in result.owner:
+                reason = (
+                    "left out by exclude"
+                    if parameter in left_out
+                    else f"{type(module).__name__} has no curvature block"
+                )
+                result.reasons.setdefault(parameter, reason)
     return result

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +14,7 @@ from torch.nn import functional as F
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
 from tekfac.layers.layer import Layer
-from tekfac.layers.registry import register
+from tekfac.layers.sample import Call
 from tekfac.numerics import squares, wide
 
 CONV_WEIGHT: dict[int, Callable[..., Tensor]] = {
@@ -22,54 +24,87 @@ CONV_WEIGHT: dict[int, Callable[..., Tensor]] = {
 }
 
 
-@register(nn.Conv1d, nn.Conv2d, nn.Conv3d)
+@dataclass(frozen=True)
+class Geometry:
+    """Which entries of its input a convolution multiplies.
+
+    Padding is with zeros: a module that pads otherwise does so before it convolves.
+
+    Args:
+        stride: along each axis.
+        padding: entries before and behind each axis.
+        dilation: along each axis.
+        groups: of channels.
+    """
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int = 1
+
+    @classmethod
+    def of(cls, module: Any) -> Geometry:
+        """That of a convolution module, as far as zeros are what it pads with."""
+        padding = module.padding
+        if module.padding_mode != "zeros" or padding == "valid":
+            padding = (0,) * len(module.kernel_size)
+        elif padding == "same":
+            sizes = zip(module.dilation, module.kernel_size, strict=True)
+            padding = tuple(d * (k - 1) // 2 for d, k in sizes)
+        return cls(tuple(module.stride), tuple(padding), tuple(module.dilation), int(module.groups))
+
+
 class ConvLayer(Layer):
-    """A convolution: a fully-connected layer applied to the patch at each output position."""
+    """A convolution: a fully-connected layer applied to the patch at each output position.
 
-    module: nn.Conv1d | nn.Conv2d | nn.Conv3d
+    A transposed convolution is one, too: with its gradient in place of the input.
 
-    def _groups(self) -> int:
-        return self.module.groups
+    Attributes:
+        geometry: as the last call had it.
+    """
 
-    def batched(self, x: Tensor) -> Tensor:
-        return x[None] if x.dim() == 1 + len(self.module.kernel_size) else x
+    def __init__(
+        self,
+        name: str,
+        full: Tensor,
+        weight: nn.Parameter | None,
+        bias: nn.Parameter | None,
+        geometry: Geometry | None = None,
+    ) -> None:
+        self.kernel = tuple(full.shape[2:])
+        axes = len(self.kernel)
+        self.geometry = geometry or Geometry((1,) * axes, (0,) * axes, (1,) * axes)
+        self.groups = self.geometry.groups
+        super().__init__(name, full, weight, bias)
 
-    def _width(self, x: Tensor) -> int:
-        return x.shape[-1 - len(self.module.kernel_size)] // self.groups
-
-    def _expected_width(self) -> int:
-        return (self.d_in - (self.bias is not None)) // math.prod(self.module.kernel_size)
+    def check_input(self, x: Tensor) -> None:
+        width = x.shape[-1 - len(self.kernel)] // self.groups
+        columns = self.d_in - (self.bias is not None)
+        self._check_width(x, width, columns // math.prod(self.kernel))
 
     def _columns(self, weight: Tensor) -> Tensor:
         return weight.movedim(1, -1)
 
     def _weight(self, columns: Tensor) -> Tensor:
-        assert self.weight is not None
-        shape = self.weight.shape
+        shape = self.full.shape
         return columns.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
 
-    def _gradients(
-        self, x: Tensor | None, g: Tensor, examples: int, first: int, last: int
-    ) -> Tensor:
+    def _gradients(self, call: Call, examples: int, first: int, last: int) -> Tensor:
+        x, g = call.a, call.g
         if x is None:
-            return super()._gradients(x, g, examples, first, last)
+            return super()._gradients(call, examples, first, last)
         # A group of channels for each row: its weight's gradient, without any patch.
         per = len(g) // examples
         dtype = self._read_as(x, g)
         x, g = (part[first * per : last * per].to(dtype) for part in (x, g))
         rows = len(g)
-        sides = self._padding()
-        padding = [before for before, _ in sides]
-        if self.module.padding_mode != "zeros" or any(before != after for before, after in sides):
-            x, padding = self._padded(x), [0] * len(sides)
-        assert self.weight is not None
-        found = CONV_WEIGHT[len(padding)](
+        found = CONV_WEIGHT[len(self.kernel)](
             x.reshape(1, -1, *x.shape[2:]),
-            (rows * len(self.weight), *self.weight.shape[1:]),
+            (rows * len(self.full), *self.full.shape[1:]),
             g.reshape(1, -1, *g.shape[2:]),
-            self.module.stride,
-            padding,
-            self.module.dilation,
+            self.geometry.stride,
+            self.geometry.padding,
+            self.geometry.dilation,
             rows * self.groups,
         )
         parts = [self._columns(found).flatten(1)]
@@ -91,16 +126,18 @@ class ConvLayer(Layer):
             pixels = padded.flatten(0, -2)
             corner, *places = _unravelled(seen, shape)
             for place, full, stride in zip(
-                places, padded.shape[1:-1], self.module.stride, strict=True
+                places, padded.shape[1:-1], self.geometry.stride, strict=True
             ):
                 corner = corner * full + place * stride
             shape = (len(seen),)
-        target = target.view(self.groups, *shape, math.prod(self.module.kernel_size), -1)
+        target = target.view(self.groups, *shape, math.prod(self.kernel), -1)
         for number, offsets in enumerate(self._offsets()):
             if seen is None:
                 window = tuple(
                     slice(offset, offset + (size - 1) * stride + 1, stride)
-                    for offset, size, stride in zip(offsets, sizes, self.module.stride, strict=True)
+                    for offset, size, stride in zip(
+                        offsets, sizes, self.geometry.stride, strict=True
+                    )
                 )
                 found = padded[(slice(None), *window)]
             else:
@@ -112,21 +149,19 @@ class ConvLayer(Layer):
 
     def _fill_few(self, target: Tensor, x: Tensor, seen: Tensor) -> None:
         """The same where less is read than there is: no copy of all is made first."""
-        zeros = self.module.padding_mode == "zeros"
-        before = [first if zeros else 0 for first, _ in self._padding()]
         full = self._padded_size(x)
         example, *places = _unravelled(seen, (len(x), *self._sizes(full)))
-        pixels = (x if zeros else self._padded(x)).movedim(1, -1)
+        pixels = x.movedim(1, -1)
         # `_offsets`, made where they are used: the device need not wait for the host.
-        kernel = self.module.kernel_size
+        kernel = self.kernel
         entries = _unravelled(torch.arange(math.prod(kernel), device=x.device), kernel)
         index, inside = [example[:, None]], torch.ones((), dtype=torch.bool, device=x.device)
         for place, stride, entry, dilation, first, size in zip(
             places,
-            self.module.stride,
+            self.geometry.stride,
             entries,
-            self.module.dilation,
-            before,
+            self.geometry.dilation,
+            self.geometry.padding,
             pixels.shape[1:-1],
             strict=True,
         ):
@@ -139,62 +174,52 @@ class ConvLayer(Layer):
 
     def _offsets(self) -> Iterator[tuple[int, ...]]:
         """Where the kernel's entries lie from its first."""
-        module = self.module
+        geometry = self.geometry
         return product(
             *(
                 range(0, size * dilation, dilation)
-                for size, dilation in zip(module.kernel_size, module.dilation, strict=True)
+                for size, dilation in zip(self.kernel, geometry.dilation, strict=True)
             )
         )
 
     def _sizes(self, padded: Sequence[int]) -> list[int]:
         """Positions along each axis of an input of this size, padding included."""
-        module = self.module
+        geometry = self.geometry
         return [
             (full - (size - 1) * dilation - 1) // stride + 1
             for full, size, stride, dilation in zip(
-                padded, module.kernel_size, module.stride, module.dilation, strict=True
+                padded, self.kernel, geometry.stride, geometry.dilation, strict=True
             )
         ]
 
     def _norms(self, x: Tensor) -> Tensor:
         grouped = x.unflatten(1, (self.groups, -1))
         norms = squares(grouped).sum(dim=2, dtype=wide(x.dtype))
-        zeros = self.module.padding_mode == "zeros"
-        norms = norms if zeros else self._padded(norms)
         full = self._padded_size(x)
-        axes = zip(full, self._sizes(full), self._padding(), range(len(full)), strict=True)
-        for length, size, (before, after), axis in reversed(list(axes)):
+        axes = zip(full, self._sizes(full), self.geometry.padding, range(len(full)), strict=True)
+        for length, size, padding, axis in reversed(list(axes)):
             # How many patches an entry is in, along this axis.
             counts = norms.new_zeros(length)
-            kernel, stride = self.module.kernel_size[axis], self.module.stride[axis]
-            for offset in range(0, kernel * self.module.dilation[axis], self.module.dilation[axis]):
+            kernel, stride = self.kernel[axis], self.geometry.stride[axis]
+            for offset in range(
+                0, kernel * self.geometry.dilation[axis], self.geometry.dilation[axis]
+            ):
                 counts[offset : offset + (size - 1) * stride + 1 : stride] += 1
-            norms = norms @ (counts[before : length - after] if zeros else counts)
+            norms = norms @ counts[padding : length - padding]
         return norms.mT
 
     def _outputs(self, g: Tensor) -> Tensor:
         rows: Tensor = g.flatten(2).unflatten(1, (self.groups, -1))
         return rows.permute(1, 0, 3, 2)
 
-    def _padding(self) -> list[tuple[int, int]]:
-        """Entries added before and behind each axis."""
-        module = self.module
-        if module.padding == "same":
-            totals = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
-            return [(total // 2, total - total // 2) for total in totals]
-        if isinstance(module.padding, str):
-            return [(0, 0)] * len(module.kernel_size)
-        return [(before, before) for before in module.padding]
-
     def _padded_size(self, x: Tensor) -> list[int]:
-        return [size + sum(pair) for size, pair in zip(x.shape[2:], self._padding(), strict=True)]
+        padding = self.geometry.padding
+        return [size + 2 * each for size, each in zip(x.shape[2:], padding, strict=True)]
 
     def _padded(self, x: Tensor) -> Tensor:
         # F.pad counts from the last dimension.
-        pad = [entries for pair in reversed(self._padding()) for entries in pair]
-        mode = self.module.padding_mode
-        return F.pad(x, pad, mode="constant" if mode == "zeros" else mode) if any(pad) else x
+        pad = [entries for each in reversed(self.geometry.padding) for entries in (each, each)]
+        return F.pad(x, pad) if any(pad) else x
 
 
 def _unravelled(numbers: Tensor, shape: Sequence[int]) -> list[Tensor]:

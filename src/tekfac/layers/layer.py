@@ -1,12 +1,9 @@
-"""Layer kinds: how a module is seen as the matrix ``W`` of the paper.
+"""Layer kinds: how a weight is seen as the matrix ``W`` of the paper.
 
-Every kind turns what a layer saw into inputs ``a`` ``(G, N, T, d_in)`` and output gradients ``g``
-``(G, N, T, d_out)``, and its parameters' gradients into a matrix ``(G, d_out, d_in)`` and back.
-``G`` is 1 but for grouped convolutions: their groups share nothing, so each is a layer of its own
-with its own block.
-
-A new kind is a subclass of `Layer` in a file of its own beside this one, decorated with
-``@register(ItsModule)``.
+Every kind turns what was multiplied with its weight into inputs ``a`` ``(G, N, T, d_in)`` and
+output gradients ``g`` ``(G, N, T, d_out)``, and its parameters' gradients into a matrix
+``(G, d_out, d_in)`` and back. ``G`` is 1 but for grouped convolutions: their groups share nothing,
+so each is a layer of its own with its own block.
 """
 
 from __future__ import annotations
@@ -17,7 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from tekfac.layers.sample import Rows, Sample, side_by_side
+from tekfac.layers.sample import Call, Rows, Sample, side_by_side
 from tekfac.numerics import square_norms, wide
 
 # Entries of a layer's inputs made at once (4 MiB in float32, near a core's cache): examples are
@@ -32,9 +29,9 @@ class Layer(ABC):
     """A layer as a matrix: ``W`` has one column more with a bias, which sees the constant input 1.
 
     Args:
-        name: the module's name in the model.
-        module: the module.
-        weight: its weight, or None if that is not trained: the block then covers the bias alone.
+        name: the layer's name in the model.
+        full: its weight, trained or not.
+        weight: the same, or None if it is not trained: the block then covers the bias alone.
         bias: its bias, or None if there is none or it is not trained.
 
     Attributes:
@@ -43,22 +40,25 @@ class Layer(ABC):
         d_out: rows per group.
     """
 
-    groups: int
+    groups: int = 1
     d_in: int
     d_out: int
 
     def __init__(
         self,
         name: str,
-        module: nn.Module,
+        full: Tensor,
         weight: nn.Parameter | None,
         bias: nn.Parameter | None,
     ) -> None:
-        self.name, self.module, self.weight, self.bias = name, module, weight, bias
-        self.groups = self._groups()
-        full: Tensor = module.weight  # type: ignore[assignment]
-        self.d_out = full.shape[0] // self.groups
-        self.d_in = (weight[0].numel() if weight is not None else 0) + (bias is not None)
+        self.name, self.full, self.weight, self.bias = name, full, weight, bias
+        self._measure()
+
+    def _measure(self) -> None:
+        """Set the sizes."""
+        self.d_out = self.full.shape[0] // self.groups
+        columns = self.full[0].numel() if self.weight is not None else 0
+        self.d_in = columns + (self.bias is not None)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -72,15 +72,19 @@ class Layer(ABC):
 
     @property
     def row_norm(self) -> Tensor:
-        """Mean squared norm of the rows of the module's weight, 0-dimensional."""
-        weight: Tensor = self.module.weight  # type: ignore[assignment]
-        norm: Tensor = torch.linalg.vector_norm(weight.detach(), dtype=self.dtype)
-        return norm.square() / len(weight)
+        """Mean squared norm of the weight's rows, 0-dimensional."""
+        norm: Tensor = torch.linalg.vector_norm(self.full.detach(), dtype=self.dtype)
+        return norm.square() / (self.groups * self.d_out)
 
     @property
     def shape(self) -> tuple[int, int]:
         """Shape of ``W``: all groups' rows, and columns."""
         return (self.groups * self.d_out, self.d_in)
+
+    def without_bias(self) -> None:
+        """Cover the weight alone from now on: the bias is not added to what the weight makes."""
+        self.bias = None
+        self._measure()
 
     def matrix(self, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """Weight and bias (or their gradients) as ``(G, d_out, d_in)``; a missing one counts as 0.
@@ -102,53 +106,36 @@ class Layer(ABC):
         flat = matrix.reshape(self.shape)
         parts = []
         if self.weight is not None:
-            parts.append(self._weight(flat[:, : self.weight[0].numel()]))
+            parts.append(self._weight(flat[:, : self.d_in - (self.bias is not None)]))
         if self.bias is not None:
             parts.append(flat[:, -1].reshape(self.bias.shape))
         return parts
 
     def from_vector(self, vector: Tensor) -> Tensor:
-        """A vector in the order of ``cat([weight.flatten(1), bias[:, None]], 1)`` as `matrix`."""
+        """A vector in the order of ``cat([W.flatten(1), bias[:, None]], 1)`` as `matrix`."""
         flat = vector.reshape(self.shape)
         weight = bias = None
         if self.weight is not None:
-            weight = flat[:, : self.weight[0].numel()].reshape(self.weight.shape)
+            columns = flat[:, : self.d_in - (self.bias is not None)]
+            weight = self._plain_weight(columns)
         if self.bias is not None:
             bias = flat[:, -1]
         return self.matrix(weight, bias)
 
     def to_vector(self, matrix: Tensor) -> Tensor:
         """The inverse of `from_vector`, of shape `shape`."""
-        parts = [part.reshape(self.shape[0], -1) for part in self.split(matrix)]
-        return torch.cat(parts, dim=1)
-
-    def check_input(self, x: Tensor) -> None:
-        """Raise if this input does not fit the matrix that the block was built for.
-
-        Raises:
-            ValueError: naming the layer and both widths.
-        """
-        width, expected = self._width(x), self._expected_width()
-        if self.weight is not None and width != expected:
-            raise ValueError(
-                f"layer {self.name!r} got an input of shape {tuple(x.shape)}, width {width}, but "
-                f"its curvature block was built for width {expected}: make a new optimizer after a "
-                "layer's parameters have changed shape"
-            )
-
-    def positions(self, sample: Sample) -> int:
-        """Positions of an example, in all calls of the layer together."""
-        rows = sum(g.numel() for g in sample.gradients) // (self.groups * self.d_out)
-        return rows // sample.examples
+        parts = self.split(matrix)
+        flat = [part.reshape(self.shape[0], -1) for part in parts]
+        if self.weight is not None:
+            flat[0] = self._plain_columns(parts[0])
+        return torch.cat(flat, dim=1)
 
     def chunks(
         self, sample: Sample, stride: int = 1, dtype: torch.dtype | None = None
     ) -> Iterator[Rows]:
         """A sample as rows, a few examples at a time.
 
-        Several calls of one layer are further positions of the same examples. A leading dimension
-        of ``k N`` holds ``k`` positions of each of ``N`` examples; one that ``N`` does not divide
-        holds examples of its own.
+        Several calls of one layer are further positions of the same examples.
 
         Args:
             sample: what to go through.
@@ -156,112 +143,128 @@ class Layer(ABC):
                 another position, so that all are seen in a batch.
             dtype: what to give; None for bfloat16 if both came so, else `dtype`.
         """
-        for calls, examples in self._together(sample):
-            positions = sum(g[0].numel() for _, g in calls if len(g)) // (self.groups * self.d_out)
-            read = max(1, positions // stride)
-            entries = max(1, self.groups * read * max(self.d_in, self.d_out))
-            for span in _spans(examples, max(CHUNK_ENTRIES // entries, CHUNK_ROWS // read)):
-                parts = [self._rows(x, g, examples, *span, stride, dtype) for x, g in calls]
-                yield parts[0] if len(parts) == 1 else side_by_side(parts)
+        calls, examples = sample.calls, sample.examples
+        positions = self.positions(sample)
+        read = max(1, positions // stride)
+        entries = max(1, self.groups * read * max(self.d_in, self.d_out))
+        for span in _spans(examples, max(CHUNK_ENTRIES // entries, CHUNK_ROWS // read)):
+            parts = [self._rows(call, examples, *span, stride, dtype) for call in calls]
+            yield parts[0] if len(parts) == 1 else side_by_side(parts)
 
     def gradients(self, sample: Sample) -> Iterator[Tensor]:
         """A sample's per-example gradients ``D_n``, ``(G, d_out, n, d_in)``, a few at a time.
 
         Examples, and the type, are those of `chunks`.
         """
-        for calls, examples in self._together(sample):
-            seen = (
-                part.numel() // max(1, examples)
-                for call in calls
-                for part in call
-                if part is not None
-            )
-            entries = max(1, self.groups * self.d_in * self.d_out, *seen)
-            for span in _spans(examples, CHUNK_ENTRIES // entries):
-                parts = [self._gradients(x, g, examples, *span) for x, g in calls]
-                yield parts[0] if len(parts) == 1 else torch.stack(parts).sum(dim=0)
+        calls, examples = sample.calls, sample.examples
+        seen = (
+            part.numel() // max(1, examples)
+            for call in calls
+            for part in (call.a, call.g)
+            if part is not None
+        )
+        entries = max(1, self.groups * self.d_in * self.d_out, *seen)
+        for span in _spans(examples, CHUNK_ENTRIES // entries):
+            parts = [self._gradients(call, examples, *span) for call in calls]
+            yield parts[0] if len(parts) == 1 else torch.stack(parts).sum(dim=0)
 
-    def _together(self, sample: Sample) -> list[tuple[list[tuple[Tensor | None, Tensor]], int]]:
-        """Calls that saw the same examples, and the number of these."""
-        calls = list(zip(sample.inputs, sample.gradients, strict=True))
-        if all(len(g) % sample.examples == 0 for _, g in calls):
-            return [(calls, sample.examples)]
-        return [([call], len(call[1])) for call in calls]
+    def positions(self, sample: Sample) -> int:
+        """Positions of an example, in all calls of the layer together."""
+        rows = sum(call.g.numel() for call in sample.calls) // (self.groups * self.d_out)
+        return rows // sample.examples
 
-    def _gradients(
-        self, x: Tensor | None, g: Tensor, examples: int, first: int, last: int
-    ) -> Tensor:
-        rows = self._rows(x, g, examples, first, last, 1, None)
+    def _gradients(self, call: Call, examples: int, first: int, last: int) -> Tensor:
+        rows = self._rows(call, examples, first, last, 1, None)
         return (rows.g.mT @ rows.a).transpose(1, 2)
 
-    def _read_as(self, x: Tensor | None, g: Tensor) -> torch.dtype:
-        """bfloat16 if both came so, else `dtype`."""
-        lower = g.dtype == torch.bfloat16 and (x is None or x.dtype == torch.bfloat16)
+    def _read_as(self, *sides: Tensor | None) -> torch.dtype:
+        """bfloat16 if both sides came so, else `dtype`."""
+        lower = all(side is None or side.dtype == torch.bfloat16 for side in sides)
         return torch.bfloat16 if lower else self.dtype
 
     def _rows(
         self,
-        x: Tensor | None,
-        g: Tensor,
+        call: Call,
         examples: int,
         first: int,
         last: int,
         stride: int,
         dtype: torch.dtype | None,
     ) -> Rows:
+        x, g = call.a, call.g
         per = len(g) // examples
         span, n = slice(first * per, last * per), last - first
         whole = self._outputs(g[span]).reshape(self.groups, n, -1, self.d_out)
         rows, positions = whole, whole.shape[2]
+        live = None
+        if call.live is not None:
+            live = call.live[span].view(n, per, 1).expand(-1, -1, positions // per).reshape(n, -1)
         read = positions if stride == 1 else max(1, positions // stride)
-        seen = None
+        seen, shown = None, live
         if read < positions:
             start = torch.arange(first, last, device=g.device)[:, None]
             within = (start + stride * torch.arange(read, device=g.device)) % positions
             rows = rows[:, torch.arange(n, device=g.device)[:, None], within]
             seen = (within + positions * (start - first)).flatten()
+            shown = None if live is None else live.gather(1, within)
         rows = rows.to(self._read_as(x, g) if dtype is None else dtype)
         a = rows.new_empty(self.groups, n, read, self.d_in)
         if x is not None:
             columns = self.d_in - (self.bias is not None)
             self._fill(a[..., :columns], x[span], seen)
         if self.bias is not None:
-            a[..., -1] = 1
+            # From the other side of the weight, no bias was added.
+            a[..., -1] = 0 if call.swapped else 1
+        if shown is not None:
+            a *= shown[None, :, :, None]
+        counted = None if live is None else live.sum(dim=1)[None].to(self.dtype)
 
         def norms() -> tuple[Tensor, Tensor]:
             g_norms = square_norms(whole)
             a_norms = torch.zeros_like(g_norms)
             if x is not None:
-                a_norms += self._norms(x[span]).view(self.groups, n, -1).sum(dim=2)
-            if self.bias is not None:
-                a_norms += positions
+                each = self._norms(x[span]).view(self.groups, n, -1)
+                if call.live is not None:
+                    each = each * call.live[span].view(n, -1)
+                a_norms += each.sum(dim=2)
+            if self.bias is not None and not call.swapped:
+                a_norms += positions if counted is None else counted
             return a_norms, g_norms
 
-        return Rows(a, rows, positions, norms)
-
-    def _groups(self) -> int:
-        return 1
-
-    @abstractmethod
-    def batched(self, x: Tensor) -> Tensor:
-        """An input or output with its batch dimension first, added if it was left out."""
-
-    @abstractmethod
-    def _width(self, x: Tensor) -> int:
-        """The part of the input's shape that the weight fixes."""
-
-    @abstractmethod
-    def _expected_width(self) -> int:
-        """What `_width` must be."""
+        drawn = (True, False) if call.swapped else (False, True)
+        return Rows(a, rows, positions, norms, counted, drawn)
 
     def _columns(self, weight: Tensor) -> Tensor:
-        """The weight with its columns in the order of `_fill`."""
+        """The weight with its rows first and its columns in the order of `_fill`."""
         return weight
 
     def _weight(self, columns: Tensor) -> Tensor:
         """The inverse of `_columns`, in the weight's shape."""
-        assert self.weight is not None
-        return columns.reshape(self.weight.shape)
+        return columns.reshape(self.full.shape)
+
+    def _plain_weight(self, columns: Tensor) -> Tensor:
+        """The weight, in its shape, that has these columns in the order of its own."""
+        return columns.reshape(self.full.shape)
+
+    def _plain_columns(self, weight: Tensor) -> Tensor:
+        """The inverse of `_plain_weight`."""
+        return weight.reshape(self.shape[0], -1)
+
+    @abstractmethod
+    def check_input(self, x: Tensor) -> None:
+        """Raise if this input does not fit the matrix that the block was built for.
+
+        Raises:
+            ValueError: naming the layer and both widths.
+        """
+
+    def _check_width(self, x: Tensor, width: int, expected: int) -> None:
+        if self.weight is not None and width != expected:
+            raise ValueError(
+                f"layer {self.name!r} got an input of shape {tuple(x.shape)}, width {width}, but "
+                f"its curvature block was built for width {expected}: make a new optimizer after a "
+                "layer's parameters have changed shape"
+            )
 
     @abstractmethod
     def _fill(self, target: Tensor, x: Tensor, seen: Tensor | None) -> None:

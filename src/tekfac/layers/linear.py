@@ -1,26 +1,57 @@
-"""Fully-connected layers."""
+"""Fully-connected layers: weights that rows are multiplied with."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
 from tekfac.layers.layer import Layer
-from tekfac.layers.registry import register
 from tekfac.numerics import square_norms
 
 
-@register(nn.Linear)
 class LinearLayer(Layer):
-    """A fully-connected layer; leading dimensions after the first are positions."""
+    """A fully-connected layer; all leading dimensions are rows.
 
-    def batched(self, x: Tensor) -> Tensor:
-        return x[None] if x.dim() == 1 else x
+    Attributes:
+        transposed: whether the parameter is ``Wᵀ``, ``(d_in, d_out)``, as in GPT-2's ``Conv1D``.
+    """
 
-    def _width(self, x: Tensor) -> int:
-        return x.shape[-1]
+    def __init__(
+        self,
+        name: str,
+        full: Tensor,
+        weight: nn.Parameter | None,
+        bias: nn.Parameter | None,
+        transposed: bool = False,
+    ) -> None:
+        self.transposed = transposed
+        super().__init__(name, full, weight, bias)
 
-    def _expected_width(self) -> int:
-        return self.d_in - (self.bias is not None)
+    def turn(self) -> None:
+        """Take the parameter for the other of ``W`` and ``Wᵀ``."""
+        self.transposed = not self.transposed
+        self._measure()
+
+    def _measure(self) -> None:
+        rows, columns = self.full.shape[0], self.full[0].numel()
+        if self.transposed:
+            rows, columns = columns, rows
+        self.d_out = rows
+        self.d_in = (columns if self.weight is not None else 0) + (self.bias is not None)
+
+    def check_input(self, x: Tensor) -> None:
+        self._check_width(x, x.shape[-1], self.d_in - (self.bias is not None))
+
+    def _columns(self, weight: Tensor) -> Tensor:
+        return weight.flatten(1).mT if self.transposed else weight.flatten(1)
+
+    def _weight(self, columns: Tensor) -> Tensor:
+        return (columns.mT if self.transposed else columns).reshape(self.full.shape)
+
+    def _plain_weight(self, columns: Tensor) -> Tensor:
+        return self._weight(columns)
+
+    def _plain_columns(self, weight: Tensor) -> Tensor:
+        return self._columns(weight)
 
     def _fill(self, target: Tensor, x: Tensor, seen: Tensor | None) -> None:
         rows = x.reshape(-1, x.shape[-1])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -13,18 +13,57 @@ from torch import Tensor
 class Sample:
     """What one layer saw in one forward and backward pass, for one draw of the labels.
 
+    A layer may have multiplied several times in a pass (a *call* each). Leading dimensions count
+    rows, or images, example by example: ``k N`` of them hold ``k`` of each of ``N`` examples.
+
     Args:
-        inputs: the layer's inputs, batch dimension first, one per call of the layer in this pass;
-            None where they do not matter (frozen weight).
+        inputs: the layer's inputs, one per call; None where they do not matter (frozen weight).
         gradients: ``d(-log p)/d`` output, one per call, in the shape of the layer's output.
         examples: number of examples ``N``.
         first: whether this is the first draw of the labels in this pass: its inputs are new.
+        terms: the likelihood's terms that each example stands for, ``(N,)``; None for one each.
+        live: for each call, which of its leading rows count, or None for all: padding, which no
+            term looks at, is no input. Gradients of the others are zero.
+        swapped: for each call, whether the weight was multiplied from the other side: then the
+            matrix's columns see the gradient and its rows the input. Empty for none.
     """
 
     inputs: list[Tensor | None]
     gradients: list[Tensor]
     examples: int
     first: bool = True
+    terms: Tensor | None = None
+    live: list[Tensor | None] = field(default_factory=list)
+    swapped: list[bool] = field(default_factory=list)
+
+    @property
+    def calls(self) -> list[Call]:
+        """The calls, each with its two sides in the order of the matrix's columns and rows."""
+        live = self.live or [None] * len(self.gradients)
+        swapped = self.swapped or [False] * len(self.gradients)
+        result = []
+        for x, g, rows, swap in zip(self.inputs, self.gradients, live, swapped, strict=True):
+            if swap:
+                assert x is not None
+                result.append(Call(g, x, rows, True))
+            else:
+                result.append(Call(x, g, rows, False))
+        return result
+
+    @property
+    def units(self) -> Tensor | int:
+        """How many examples have anything that counts."""
+        if not self.live or any(live is None for live in self.live):
+            return self.examples
+        alive = [live.view(self.examples, -1).any(1) for live in self.live if live is not None]
+        return torch.stack(alive).any(0).sum()
+
+    @property
+    def term_count(self) -> Tensor:
+        """Terms of all examples, 0-dimensional."""
+        if self.terms is not None:
+            return self.terms.sum()
+        return torch.tensor(float(self.examples), dtype=torch.float64)
 
     def head(self, examples: int, *, copied: bool = False) -> Sample:
         """The first so many examples; copied, if they are to be kept without the rest."""
@@ -40,7 +79,27 @@ class Sample:
             [rows(g) for g in self.gradients],
             examples,
             self.first,
+            None if self.terms is None else self.terms[:examples],
+            [None if live is None else rows(live) for live in self.live],
+            self.swapped,
         )
+
+
+@dataclass
+class Call:
+    """One product with a layer's weight.
+
+    Args:
+        a: what the matrix's columns see, None where that does not matter.
+        g: what its rows see.
+        live: which leading rows count; None for all.
+        swapped: whether ``a`` is an output gradient, and ``g`` an input.
+    """
+
+    a: Tensor | None
+    g: Tensor
+    live: Tensor | None
+    swapped: bool
 
 
 @dataclass
@@ -53,12 +112,22 @@ class Rows:
         positions: ``T``.
         norms: gives ``Σ_t ‖a_nt‖²`` and ``Σ_t ‖g_nt‖²`` over all of them, ``(G, n)`` each: not
             every reader needs them.
+        counted: how many of an example's positions count, ``(1, n)``; None for all.
+        drawn: whether ``a`` and ``g``, in turn, come with every draw of the labels, or are what
+            they were in the first.
     """
 
     a: Tensor
     g: Tensor
     positions: int
     norms: Callable[[], tuple[Tensor, Tensor]]
+    counted: Tensor | None = None
+    drawn: tuple[bool, bool] = (False, True)
+
+    @property
+    def per_position(self) -> Tensor | float:
+        """1 over the number of positions that count, ``(1, n)`` if it differs."""
+        return 1 / self.positions if self.counted is None else 1 / self.counted.clamp_min(1)
 
 
 def side_by_side(parts: list[Rows]) -> Rows:
@@ -68,9 +137,20 @@ def side_by_side(parts: list[Rows]) -> Rows:
         a_norms, g_norms = zip(*(part.norms() for part in parts), strict=True)
         return torch.stack(a_norms).sum(dim=0), torch.stack(g_norms).sum(dim=0)
 
+    counted = None
+    if any(part.counted is not None for part in parts):
+        counts = [
+            part.a.new_full((1, part.a.shape[1]), part.positions)
+            if part.counted is None
+            else part.counted
+            for part in parts
+        ]
+        counted = torch.stack(counts).sum(dim=0)
     return Rows(
         torch.cat([part.a for part in parts], dim=2),
         torch.cat([part.g for part in parts], dim=2),
         sum(part.positions for part in parts),
         norms,
+        counted,
+        (any(part.drawn[0] for part in parts), any(part.drawn[1] for part in parts)),
     )

@@ -38,10 +38,10 @@ class TKFAC(NaturalGradient):
         v ← momentum · v + U_Ψ ((U_Ψᵀ ∇h U_Φ) / (damped eigenvalues)) U_Φᵀ
         W ← W − lr · v
 
-    In a network with convolutions, the blocks of its fully-connected layers are multiplied by β, to
-    keep pace with the convolutions. The paper's text has no formula for it; **our reading** is
-    ``β = max(1, mean over convolutions of tr F_l / tr F_fc)`` for each of them, and damping is that
-    of the multiplied block.
+    In a convolutional network (one with more convolutions than layers of tokens), the blocks of its
+    fully-connected layers are multiplied by β, to keep pace with the convolutions. The paper's text
+    has no formula for it; **our reading** is ``β = max(1, mean over convolutions of tr F_l / tr
+    F_fc)`` for each of them, and damping is that of the multiplied block.
 
     Args:
         damping: as in `NaturalGradient`, or a `TraceDamping`, which follows the trace of each
@@ -85,10 +85,12 @@ class TKFAC(NaturalGradient):
         if not traces:
             return
         mean = torch.stack([trace.to(traces[0]) for trace in traces]).mean()
+        # What carries a vision transformer are its tokens' layers, not its one convolution.
+        carried = len(convolutions) > sum(block.positions > 1 for block in others)
         for block in others:
             if not isinstance(self.fc_scale, str):
                 block.fc_scale = self.fc_scale
-            elif not block.empty:
+            elif not block.empty and carried:
                 own = block.fisher_trace()
                 ratio = mean.to(own) / torch.where(own > 0, own, 1)
                 block.fc_scale = torch.where(own > 0, ratio.clamp_min(1), 1)

@@ -19,13 +19,16 @@ from typing import Any, ClassVar, TypedDict, overload
 import torch
 from torch import Tensor, nn
 
-from tekfac.capture.capture import REENTRANT, Capture, find_output
+from tekfac import verdict
+from tekfac.capture.capture import Capture
 from tekfac.capture.fisher import SampledFisher, make_fisher
-from tekfac.capture.likelihoods import Likelihood
+from tekfac.capture.graph import REENTRANT
+from tekfac.capture.likelihoods import Likelihood, make_likelihoods
+from tekfac.capture.outputs import chosen_outputs, find_outputs
 from tekfac.checks import check_count, check_decay, check_positive
 from tekfac.curvature.blocks import Block, Due
 from tekfac.curvature.damping import Damping
-from tekfac.layers import assign, kind_of
+from tekfac.layers import assign
 from tekfac.optimizer import state
 from tekfac.optimizer.events import Events
 from tekfac.optimizer.first_order import Adam, adam_step
@@ -41,11 +44,13 @@ class Common(TypedDict, total=False):
     nesterov: bool
     weight_decay: float
     fisher: str
-    likelihood: str | Likelihood
+    likelihood: str | Likelihood | Sequence[str | Likelihood]
     mc_samples: int
     generator: torch.Generator | None
     loss_reduction: str
-    output: Callable[[Any], Tensor] | None
+    mean_over: str
+    batch_dim: int | None
+    output: Callable[[Any], Any] | None
     kl_clip: float | None
     factor_every: int
     basis_every: int
@@ -90,15 +95,24 @@ class NaturalGradient(torch.optim.Optimizer):
             class. "empirical": the data's own labels and the user's own loss, which is another
             matrix.
         likelihood: what the network's output means: "categorical", "bernoulli", "gaussian" or a
-            `Likelihood`. Not used by "empirical".
-        mc_samples: labels drawn per example, and extra backward passes, of "mc".
+            `Likelihood`; of several outputs a list of one for each. Of "empirical" only the number
+            of terms is asked.
+        mc_samples: labels drawn per term, and extra backward passes, of "mc".
         generator: where "mc" draws from. If None, a generator of the optimizer's own that follows
             ``torch.manual_seed`` and leaves the global random stream alone. Its state is saved with
             the optimizer's.
         loss_reduction: for "empirical" only. "mean": the loss summed up in ``.grad`` between two
-            steps is the mean over the examples of all their batches. "sum": it is their sum.
-        output: finds the tensor of logits (or means) in what the model returns. If None, that is
-            the model's output itself if it is a tensor, or else its field ``.logits``.
+            steps is the mean over the terms of all their batches. "sum": it is their sum.
+        mean_over: what the Fisher matrix, like the loss, is a mean over: "terms", every label that
+            the loss looks at (an image's, a token's, a pixel's), as PyTorch's losses with
+            ``reduction="mean"`` are; or "examples", for a loss that sums the terms of an example.
+            See docs/fisher.md.
+        batch_dim: 0 or 1: the dimension of layers' inputs and of the output that counts examples,
+            where they have several before the last. None to find out, by one more backward pass
+            or two at the beginning.
+        output: finds the logits (or means) in what the model returns: a tensor, or a list of
+            several. If None: the model's output itself if it is a tensor, or else its field
+            ``.logits``, or else all tensors of two dimensions or more in it that have a gradient.
         kl_clip: if given, a bound on how far one step changes the predictive distribution: all
             layers' natural gradients ``u = (F̂ + λ I)⁻¹ ∇h`` are scaled by
             ``min(1, sqrt(kl_clip / Σ lr² ⟨u, ∇h⟩))``.
@@ -153,11 +167,13 @@ class NaturalGradient(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         damping: Damping = 1e-2,
         fisher: str = "mc",
-        likelihood: str | Likelihood = "categorical",
+        likelihood: str | Likelihood | Sequence[str | Likelihood] = "categorical",
         mc_samples: int = 1,
         generator: torch.Generator | None = None,
         loss_reduction: str = "mean",
-        output: Callable[[Any], Tensor] | None = None,
+        mean_over: str = "terms",
+        batch_dim: int | None = None,
+        output: Callable[[Any], Any] | None = None,
         kl_clip: float | None = None,
         factor_every: int = 10,
         basis_every: int = 100,
@@ -179,6 +195,10 @@ class NaturalGradient(torch.optim.Optimizer):
             self._check_ranks(model)
         if loss_reduction not in ("mean", "sum"):
             raise ValueError(f'loss_reduction must be "mean" or "sum", got {loss_reduction!r}')
+        if mean_over not in ("terms", "examples"):
+            raise ValueError(f'mean_over must be "terms" or "examples", got {mean_over!r}')
+        if batch_dim not in (None, 0, 1) or isinstance(batch_dim, bool):
+            raise ValueError(f"batch_dim must be 0, 1 or None, got {batch_dim!r}")
         check_count("factor_every", factor_every)
         check_count("basis_every", basis_every)
         check_count("mc_samples", mc_samples)
@@ -203,10 +223,12 @@ class NaturalGradient(torch.optim.Optimizer):
         self.factor_rows, self.rank, self.storage = factor_rows, rank, storage
         self.loss_reduction = loss_reduction
         self.first_order = first_order
-        self.fisher = make_fisher(fisher, likelihood, mc_samples, generator)
-        self.output = find_output if output is None else output
+        self.mean_over, self.batch_dim = mean_over, batch_dim
+        self.fisher = make_fisher(fisher, mc_samples, generator)
+        self.likelihoods = make_likelihoods(likelihood)
+        self.output = output
         self._assignment = assign(model, exclude)
-        if not self._assignment.modules:
+        if not self._assignment.candidates:
             raise ValueError(
                 f"{self._method} found no layer that it supports in {type(model).__name__} "
                 f"({_supported()}): use a torch.optim optimizer for this model"
@@ -280,17 +302,23 @@ class NaturalGradient(torch.optim.Optimizer):
         """How each parameter of the model is trained, in words, by the parameter's name."""
         covered = {p: block for block in self._blocks.values() for p in block.layer.parameters}
         trained = {p for group in self.param_groups for p in group["params"]}
+        strange = {} if self._capture is None else self._capture.strange
         result = {}
         for name, p in self.model.named_parameters():
+            owner = self._assignment.owner.get(p)
             if p in covered:
                 block = covered[p]
                 result[name] = f"{self._method} block {block.name!r}"
                 if block.empty:
                     result[name] += " (first order until its curvature is measured)"
+                if block.name in strange:
+                    result[name] += f", whose use by {strange[block.name]} is not measured"
             elif p not in trained:
                 result[name] = "not trained: " + (
                     "frozen" if not p.requires_grad else "in no group"
                 )
+            elif owner in self._blocks:
+                result[name] = f"first order: not added to what layer {owner!r} makes itself"
             else:
                 result[name] = (
                     f"first order: {self._assignment.reasons.get(p, 'frozen when added')}"
@@ -347,14 +375,13 @@ class NaturalGradient(torch.optim.Optimizer):
     def _build_blocks(self) -> None:
         """Make the blocks of all layers in the curvature groups, and listen to them."""
         group_of = curvature_groups(self.param_groups)
-        for name, module in self._assignment.modules.items():
-            weight, bias = module._parameters["weight"], module._parameters.get("bias")
-            weight = weight if weight in group_of else None
-            bias = bias if bias in group_of else None
-            kind = kind_of(module)
-            if name in self._blocks or kind is None or (weight is None and bias is None):
+        for name, candidate in self._assignment.candidates.items():
+            weight, bias = candidate.weight, candidate.bias
+            own_weight = weight if weight in group_of else None
+            own_bias = bias if bias in group_of else None
+            if name in self._blocks or (own_weight is None and own_bias is None):
                 continue
-            layer = kind(name, module, weight, bias)
+            layer = candidate.make(name, weight, own_weight, own_bias)
             group = group_of[layer.parameters[0]]
             self._blocks[name] = self.make_block(layer, group, self.rank, self.storage)
         self._listen()
@@ -362,7 +389,16 @@ class NaturalGradient(torch.optim.Optimizer):
     def _listen(self) -> None:
         """Put the hooks on the model, in place of those there may be."""
         self.close()
-        self._capture = Capture(self.model, self._blocks, self.fisher, self.output)
+        self._capture = Capture(
+            self.model,
+            self._assignment,
+            self._blocks,
+            self.fisher,
+            self.likelihoods,
+            find_outputs if self.output is None else chosen_outputs(self.output),
+            self.mean_over,
+            self.batch_dim,
+        )
         # With the optimizer's end, not the capture's: the graph of a loss that is kept holds that.
         weakref.finalize(self, self._capture.close)
         self._set_due()
@@ -407,7 +443,11 @@ class NaturalGradient(torch.optim.Optimizer):
                 self._discard()
                 return loss
         capture.flush()
+        for block in self._blocks.values():
+            if block.pending and all(p.grad is None for p in block.layer.parameters):
+                block.discard()  # its gradients were cleared: there is nothing to step along
         self._check_measured(capture, self._update_curvature(wanted))
+        capture.discard()
         self._apply(wanted)
         self._events.counts["steps"] += 1
         self._position += 1
@@ -424,7 +464,7 @@ class NaturalGradient(torch.optim.Optimizer):
 
     def _waits(self) -> bool:
         """Whether reading from the device makes the host wait for work given to it before."""
-        return any(p.device.type != "cpu" for group in self.param_groups for p in group["params"])
+        return any(verdict.waits(p.device) for group in self.param_groups for p in group["params"])
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, and forget statistics taken since the last step along with them."""
@@ -462,6 +502,8 @@ class NaturalGradient(torch.optim.Optimizer):
                 block.due = replace(usual, factors=now, scale=now, basis=now)
             else:
                 block.due = usual
+        if self._capture is not None:
+            self._capture.expect()
 
     def _decays(self) -> tuple[float, float]:
         """ε2 and ε1 now; the latter for the methods that have a rescaling of their own."""
@@ -509,20 +551,31 @@ class NaturalGradient(torch.optim.Optimizer):
         ]
         if not missing:
             return
-        if capture.without_grad.intersection(missing):
+        if capture.reentrant:
             raise RuntimeError(REENTRANT)
+        if capture.problem is not None:
+            raise RuntimeError(
+                f"no statistics could be taken: {capture.problem}"
+            ) from capture.problem
         if capture.passes == 0 and len(missing) == len(self._blocks):
             raise RuntimeError(
                 "step() found gradients, but no statistics could be taken: call the model itself "
-                f"({type(self.model).__name__}.__call__, the module given to {self._method}), in "
-                "training mode (model.train()), before loss.backward()"
+                f"({type(self.model).__name__}.__call__, the module given to {self._method}), "
+                "and backward() of a loss that is made of what it returns"
             )
         names = ", ".join(map(repr, missing[:3])) + (" and others" if len(missing) > 3 else "")
+        kinds = {capture.strange[name] for name in missing if name in capture.strange}
         self._events.warn(
             "missing",
             f"no curvature of layers {names}: they have gradients, but "
-            "their forward did not run as a module in training mode, the batch was empty, or the "
-            "loss does not depend on the model's output; the first-order rule trains them",
+            + (
+                f"their weights are used by {', '.join(sorted(kinds))}, which is no product known "
+                "here"
+                if kinds
+                else "no product with their weights was found behind the model's output in the "
+                "backward pass (did the loss take another way than the output?)"
+            )
+            + "; the first-order rule trains them",
         )
 
     def _finite(self) -> Tensor | None:
@@ -552,14 +605,11 @@ class NaturalGradient(torch.optim.Optimizer):
         """
         directions: dict[Tensor, Tensor] = {}
         inner = 0.0
-        unmeasured: list[nn.Parameter] = []
         gradients: dict[str, Tensor] = {}
         for name, block in self._blocks.items():
             weight, bias = block.layer.weight, block.layer.bias
             reached = [p for p in block.layer.parameters if p.grad is not None]
-            if reached and block.empty:
-                unmeasured += reached
-            elif reached:
+            if reached and not block.empty:
                 gradients[name] = block.layer.matrix(
                     None if weight is None else weight.grad, None if bias is None else bias.grad
                 )
@@ -574,13 +624,16 @@ class NaturalGradient(torch.optim.Optimizer):
             clip = clip_of(self.kl_clip, inner)
             directions = {p: d * clip.to(d.dtype) for p, d in directions.items()}
         for group in self.param_groups:
+            ready = [p for p in group["params"] if p.grad is not None]
             if group["first_order"]:
-                ready = [p for p in group["params"] if p.grad is not None]
                 adam_step(ready, self.state, group, wanted)
-            else:
-                own = {p: directions[p] for p in group["params"] if p in directions}
-                step_along(own, self.state, group, wanted)
-        adam_step(unmeasured, self.state, asdict(self.first_order), wanted)
+                continue
+            own = {p: directions[p] for p in ready if p in directions}
+            step_along(own, self.state, group, wanted)
+            # Schedulers move the group's rate; the other rule's moves along.
+            rule = asdict(self.first_order)
+            rule["lr"] *= group["lr"] / group["initial_lr"] if group.get("initial_lr") else 1
+            adam_step([p for p in ready if p not in directions], self.state, rule, wanted)
 
     # -- state -------------------------------------------------------------------------------------
 
@@ -664,4 +717,4 @@ class NaturalGradient(torch.optim.Optimizer):
 
 
 def _supported() -> str:
-    return "Linear, Conv1d, Conv2d, Conv3d"
+    return "matrices that rows are multiplied by, convolutions"

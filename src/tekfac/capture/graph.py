@@ -1,0 +1,364 @@
+"""The user's autograd graph: which products it has, and going through it once more."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.utils.hooks import RemovableHandle
+
+from tekfac.layers import Layer, LinearLayer, Product, View, product_of
+from tekfac.layers.uses import ACCUMULATE, PRODUCTS, TRANSPARENT
+
+# Backward passes of our own, now running in this process: hooks that they reach, of any optimizer,
+# are not to take them for the user's. Not thread-local: autograd runs hooks in its own threads.
+_own_passes = 0
+
+# What stands between a product and the shape in which its result is used.
+VIEWS = {"ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0"}
+
+REENTRANT = (
+    "curvature can't be measured through reentrant activation checkpointing: call "
+    "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+)
+
+
+def measuring() -> bool:
+    """Whether a backward pass of an optimizer of this package is running, with its own labels.
+
+    Hooks of yours on modules and tensors run in it too; this tells it from your own
+    ``loss.backward()``.
+    """
+    return _own_passes > 0
+
+
+@contextmanager
+def own_pass() -> Iterator[None]:
+    """While this is entered, backward passes are ours."""
+    global _own_passes
+    _own_passes += 1
+    try:
+        yield
+    finally:
+        _own_passes -= 1
+
+
+@dataclass(eq=False)
+class Reading:
+    """What there is to know of a product, without its place in the graph.
+
+    Args:
+        name: the layer's.
+        layer: the layer.
+        product: what kind of product.
+        view: what it sees of the weight; None if that is not trained.
+        transposed: whether it is a transposed convolution.
+        input: what was multiplied, once `read_inputs` has been there.
+    """
+
+    name: str
+    layer: Layer
+    product: Product
+    view: View | None
+    transposed: bool
+    input: Tensor | None = None
+
+    @property
+    def swapped(self) -> bool:
+        """Whether the matrix's columns see the gradient of this product and not its input."""
+        if not isinstance(self.layer, LinearLayer) or self.view is None:
+            return self.transposed
+        # To the right of the rows there is Wᵀ: an unturned parameter is that.
+        return (self.view.turned != self.product.right) != self.layer.transposed
+
+    def output_rows(self, gradient: Tensor) -> Tensor:
+        """The product's output gradient, one row (or image) after the other."""
+        if gradient.dim() == 1:
+            gradient = gradient[None]
+        elif self.product.left:
+            gradient = gradient.mT
+        if self.view is not None and self.view.rows is not None:
+            # The other rows of the weight made nothing here.
+            whole = gradient.new_zeros(*gradient.shape[:-1], len(self.view.parameter))
+            whole[..., self.view.first : self.view.first + self.view.rows] = gradient
+            gradient = whole
+        return gradient if self.product.geometry is not None else gradient.flatten(0, -2)
+
+    def input_rows(self) -> Tensor | None:
+        """Its input likewise."""
+        x = self.input
+        if x is None or self.product.geometry is not None:
+            return x
+        if x.dim() == 1:
+            return x[None]
+        return (x.mT if self.product.left else x).flatten(0, -2)
+
+
+@dataclass(eq=False)
+class Use:
+    """One product with a layer's weight in the graph.
+
+    Args:
+        reading: what is to be known of it.
+        node: where it is.
+        lead: leading dimensions of the result as the model goes on with it: ``(N, T)`` of
+            ``(N, T, d_out)``; ``(R,)`` if that is not known.
+    """
+
+    reading: Reading
+    node: Node
+    lead: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """The layer's."""
+        return self.reading.name
+
+    @property
+    def rows(self) -> int:
+        """How many rows (or images) it has."""
+        return math.prod(self.lead)
+
+
+@dataclass
+class Found:
+    """What a search through the graph has found.
+
+    Attributes:
+        uses: products with layers' weights.
+        accumulators: the nodes that gather layers' parameters' gradients.
+        strange: for a layer, the name of a node that uses its weight in another way.
+        biases: layers whose bias was seen to be added to the product's own result.
+        reentrant: whether there is a part that only runs in the backward pass.
+        compiled: whether there is a part made by a compiler, which has no products to be seen.
+    """
+
+    uses: list[Use] = field(default_factory=list)
+    accumulators: dict[str, list[Any]] = field(default_factory=dict)
+    strange: dict[str, str] = field(default_factory=dict)
+    biases: set[str] = field(default_factory=set)
+    reentrant: bool = False
+    compiled: bool = False
+
+    def counted(self) -> list[Use]:
+        """Uses of layers to whose ``.grad`` the backward pass that is running adds something.
+
+        Of a layer whose weight is used in another way, too, there are none: what the products make
+        is not all that the weight does.
+        """
+        names = {name for name, nodes in self.accumulators.items() if any(map(_runs, nodes))}
+        return [use for use in self.uses if use.name in names - self.strange.keys()]
+
+
+def _runs(accumulator: Any) -> bool:
+    try:
+        return bool(torch._C._will_engine_execute_node(accumulator))
+    except RuntimeError:  # a leaf that autograd.grad was asked for: its .grad stays as it is
+        return False
+
+
+def search(root: Node, owner: Mapping[nn.Parameter, str], layers: Mapping[str, Layer]) -> Found:
+    """Look for products with layers' weights in all of the graph behind a node.
+
+    Args:
+        root: where to begin.
+        owner: the layer that each parameter belongs to.
+        layers: those to look for, by name.
+    """
+    found = Found()
+    seen = {root}
+    leads: dict[Node, tuple[int, ...]] = {}
+    open_nodes = [root]
+    added: list[tuple[str, Node]] = []
+    products: dict[Node, str] = {}
+    while open_nodes:
+        node: Any = open_nodes.pop()
+        kind = node.name()
+        if kind == ACCUMULATE:
+            name = owner.get(node.variable)
+            if name is not None and name in layers:
+                found.accumulators.setdefault(name, []).append(node)
+            continue
+        if kind == "CheckpointFunctionBackward":
+            found.reentrant = True
+        elif kind.startswith("CompiledFunction"):
+            found.compiled = True
+        edges = node.next_functions
+        explained: set[nn.Parameter] = set()
+        if kind in PRODUCTS:
+            for use, bias in _uses(node, owner, layers):
+                use.lead = leads.get(node, use.lead)
+                found.uses.append(use)
+                products[node] = use.name
+                explained |= {view.parameter for view in (use.reading.view,) if view is not None}
+                explained |= {bias} if bias is not None else set()
+                if bias is not None:
+                    found.biases.add(use.name)
+        elif kind == "AddBackward0":
+            for (one, number), (other, _) in (edges, edges[::-1]):
+                view = View.of((one, number))
+                if view is not None and view.parameter.dim() == 1 and other is not None:
+                    while other.name() in VIEWS:
+                        other = other.next_functions[0][0]
+                    name = owner.get(view.parameter)
+                    if name is not None:
+                        added.append((name, other))
+                        explained.add(view.parameter)
+        shape = tuple(node._input_metadata[0].shape) if kind in VIEWS else ()
+        for edge in edges:
+            child = edge[0]
+            if child is None:
+                continue
+            if kind not in TRANSPARENT:
+                view = View.of(edge)
+                if view is not None and view.parameter not in explained:
+                    name = owner.get(view.parameter)
+                    if name is not None and name in layers:
+                        found.strange.setdefault(name, kind)
+            if kind in VIEWS:
+                leads.setdefault(child, shape[:-1])
+            if child not in seen:
+                seen.add(child)
+                open_nodes.append(child)
+    found.biases |= {name for name, node in added if products.get(node) == name}
+    return found
+
+
+def _uses(
+    node: Node, owner: Mapping[nn.Parameter, str], layers: Mapping[str, Layer]
+) -> Iterator[tuple[Use, nn.Parameter | None]]:
+    for product, weight, bias in product_of(node):
+        known = weight or bias
+        assert known is not None
+        name = owner.get(known.parameter)
+        layer = layers.get(name) if name is not None else None
+        if name is None or layer is None:
+            continue
+        if product.geometry is not None and weight is not None and weight.turned:
+            continue
+        own_bias = bias.parameter if bias is not None else None
+        metadata: Any = node
+        shape = tuple(metadata._input_metadata[0].shape)
+        lead = shape[-1:] if product.left and len(shape) > 1 else shape[:-1] or (1,)
+        if product.geometry is not None:
+            lead = shape[:1]
+        reading = Reading(name, layer, product, weight, product.transposed(node))
+        yield Use(reading, node, lead), own_bias
+
+
+def read_inputs(uses: Collection[Use]) -> None:
+    """Read what the graph has saved of each product.
+
+    In a backward pass of its own: activation checkpointing gives what it recomputes only once in
+    each, and the user's, and ours with the labels, want it too.
+    """
+
+    def read(gradient: Tensor) -> None:
+        for use in uses:
+            if use.reading.view is not None:
+                saved = use.reading.product.input(use.node)
+                use.reading.input = None if saved is None else saved.detach()
+
+    with own_pass(), torch.enable_grad():
+        start = torch.zeros((), requires_grad=True)
+        end = start * 1
+        end.register_hook(read)
+        torch.autograd.grad(end, start)
+
+
+def go_through(
+    root: GradientEdge,
+    cotangent: Tensor,
+    uses: Collection[Use],
+    received: Callable[[Use, Tensor], None],
+) -> None:
+    """A backward pass of our own through the user's graph, which is kept.
+
+    Args:
+        root: where it begins.
+        cotangent: with what.
+        uses: products whose output gradients are wanted.
+        received: gets each of them as soon as it is there.
+    """
+    handles: list[RemovableHandle] = []
+    last = _last(root.node, {use.node for use in uses})
+    at_root = [use for use in uses if use.node is root.node]
+    ends = [use for use in uses if use.node in last and use.node is not root.node]
+    try:
+        for use in uses:
+            if use.node not in last and use.node is not root.node:
+                handles.append(use.node.register_prehook(_Passed(use, received)))
+        for use in at_root:
+            received(use, cotangent)
+        edges = [GradientEdge(use.node, 0) for use in ends]
+        for use, gradient in zip(ends, _gradients(root, edges, cotangent), strict=True):
+            if gradient is not None:
+                received(use, gradient)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass
+class _Passed:
+    """Our own backward pass is about to go through a product."""
+
+    use: Use
+    received: Callable[[Use, Tensor], None]
+
+    def __call__(self, gradients: tuple[Tensor | None, ...]) -> None:
+        if gradients[0] is not None:
+            self.received(self.use, gradients[0])
+
+
+def _last(root: Node, wanted: set[Node]) -> set[Node]:
+    """Those of the nodes reached from the root from which no other of them is reached.
+
+    Autograd that is asked for their gradients goes through all the others on its way.
+    """
+    leads: dict[Node, bool] = {}  # holds the nodes: one that nothing holds has no lasting identity
+    open_nodes = [(root, False)]
+    while open_nodes:
+        node, done = open_nodes.pop()
+        following = [other for other, _ in node.next_functions if other is not None]
+        if done:
+            leads[node] = any(other in wanted or leads[other] for other in following)
+        elif node not in leads:
+            leads[node] = False
+            open_nodes.append((node, True))
+            open_nodes += [(other, False) for other in following]
+    return {node for node in wanted if node in leads and not leads[node]}
+
+
+def _gradients(
+    root: GradientEdge, edges: list[GradientEdge], cotangent: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Gradients at these places of the user's graph, which is kept."""
+    if not edges:
+        return ()
+    try:
+        return torch.autograd.grad(root, edges, cotangent, retain_graph=True, allow_unused=True)
+    except RuntimeError as error:
+        if "checkpoint" not in str(error):
+            raise
+        raise RuntimeError(REENTRANT) from error
+
+
+def source_of(output: Tensor) -> GradientEdge:
+    """Where in the graph an output was made, before it was only cast to another type.
+
+    A wrapper's ``.float()`` may be off the way that the loss takes; what it cast is on it.
+    """
+    edge = get_gradient_edge(output)
+    while edge.node.name() == "ToCopyBackward0":
+        before, number = edge.node.next_functions[0]
+        if before is None:
+            break
+        edge = GradientEdge(before, number)
+    return edge

@@ -1,0 +1,203 @@
+"""Where a parameter is multiplied: nodes of the autograd graph, and what they saved.
+
+A layer is found by its weight's *use*. Whatever module, function or view a product came from, the
+graph has one node for it; what that saved is exactly what was multiplied, in the type in which it
+was, and is there anyway. `product_of` reads a node, `View.of` follows an operand to the parameter.
+
+A product that this file does not know is added by `register_product`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+
+from tekfac.layers.convolution import Geometry
+
+
+@dataclass(frozen=True)
+class Product:
+    """How a kind of node multiplies one of its operands, taken for the weight.
+
+    Args:
+        weight: the operand's number.
+        bias: that of what is added to each row, None for nothing.
+        input: gives the other operand, as it was saved.
+        right: whether the weight stands to the right as ``Wᵀ`` (``d_in × d_out``).
+        left: whether it stands to the left as ``W``, and inputs are columns.
+        geometry: gives a convolution's; None for a matrix product.
+        transposed: whether a convolution is a transposed one.
+    """
+
+    weight: int
+    bias: int | None
+    input: Callable[[Any], Tensor | None]
+    right: bool = False
+    left: bool = False
+    geometry: Callable[[Any], Geometry] | None = None
+    transposed: Callable[[Any], bool] = lambda node: False
+
+
+def _geometry(node: Any) -> Geometry:
+    axes = len(node._input_metadata[0].shape) - 2
+
+    def each(values: Sequence[int]) -> tuple[int, ...]:
+        return tuple(values) * (axes if len(values) == 1 else 1)  # one may stand for all
+
+    return Geometry(
+        each(node._saved_stride),
+        each(node._saved_padding),
+        each(node._saved_dilation),
+        int(node._saved_groups),
+    )
+
+
+def _one_hot(node: Any) -> Tensor:
+    """A table's rows are looked up by multiplying it with these."""
+    indices = node._saved_indices
+    rows = torch.nn.functional.one_hot(indices.flatten(), int(node._saved_weight_sym_argsize_0))
+    padding = node._saved_padding_idx
+    rows[indices.flatten() == padding] = 0
+    return rows.to(torch.get_default_dtype())
+
+
+PRODUCTS: dict[str, tuple[Product, ...]] = {
+    "AddmmBackward0": (
+        Product(2, 0, lambda node: node._saved_mat1, right=True),
+        Product(1, None, lambda node: node._saved_mat2, left=True),
+    ),
+    "MmBackward0": (
+        Product(1, None, lambda node: node._saved_self, right=True),
+        Product(0, None, lambda node: node._saved_mat2, left=True),
+    ),
+    "AddmvBackward0": (Product(1, 0, lambda node: node._saved_vec, left=True),),
+    "MvBackward0": (Product(0, None, lambda node: node._saved_vec, left=True),),
+    "EmbeddingBackward0": (Product(0, None, _one_hot, right=True),),
+    # Where a device has a kernel of its own for the whole layer.
+    "LinearBackward0": (Product(1, 2, lambda node: node._saved_input),),
+    "ConvolutionBackward0": (
+        Product(
+            1,
+            2,
+            lambda node: node._saved_input,
+            geometry=_geometry,
+            transposed=lambda node: bool(node._saved_transposed),
+        ),
+    ),
+}
+
+
+def register_product(node: str, *products: Product) -> None:
+    """Teach the package a kind of node, such as that of an autograd function of one's own.
+
+    Args:
+        node: its name in the graph, ``tensor.grad_fn.name()``.
+        products: one for each operand that may be a weight.
+    """
+    PRODUCTS[node] = products
+
+
+@dataclass(frozen=True)
+class View:
+    """A parameter as an operand sees it: perhaps turned, cast, flattened or a part of it.
+
+    Args:
+        parameter: the parameter.
+        turned: whether its two dimensions have changed places.
+        first: the first of its rows that the operand has.
+        rows: how many; None for all.
+    """
+
+    parameter: nn.Parameter
+    turned: bool = False
+    first: int = 0
+    rows: int | None = None
+
+    @classmethod
+    def of(cls, edge: tuple[Any, int]) -> View | None:
+        """The parameter behind an operand; None if there is none, or more than a view of one."""
+        turned, first, rows, flat = False, 0, None, False
+        node, number = edge
+        while node is not None:
+            name = node.name()
+            if name == ACCUMULATE:
+                return cls(node.variable, turned, first, rows)
+            if name in TURNS or name == "PermuteBackward0":
+                # From here on, rows are the parameter's columns.
+                if rows is not None or flat or not _turns(node):
+                    return None
+                turned = not turned
+            elif name in SPLITS:
+                if rows is not None or node._saved_dim % len(_sizes(node)) != 0:
+                    return None
+                first, rows = SPLITS[name](node, number)
+            elif name in FLATTENS:
+                if _sizes(node)[:1] != tuple(node._input_metadata[0].shape)[:1]:
+                    return None
+                flat = True
+            elif name not in SAME:
+                return None
+            node, number = node.next_functions[0]
+        return None
+
+
+ACCUMULATE = "torch::autograd::AccumulateGrad"
+SAME = {"ToCopyBackward0", "AliasBackward0", "CloneBackward0", "DetachBackward0"}
+TURNS = {"TBackward0", "NumpyTBackward0", "TransposeBackward0"}
+FLATTENS = {"ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "SqueezeBackward0"}
+
+
+def _sizes(node: Any) -> tuple[int, ...]:
+    return tuple(node._saved_self_sym_sizes)
+
+
+def _turns(node: Any) -> bool:
+    """Whether a permutation is that of a matrix's two dimensions."""
+    if node.name() == "PermuteBackward0":
+        return tuple(dim % 2 for dim in node._saved_dims) == (1, 0) and len(node._saved_dims) == 2
+    return len(node._input_metadata[0].shape) == 2
+
+
+def _slice(node: Any, number: int) -> tuple[int, int | None]:
+    size = _sizes(node)[0]
+    start = node._saved_start % size if node._saved_start < 0 else min(node._saved_start, size)
+    return start, node._input_metadata[0].shape[0]
+
+
+def _split(node: Any, number: int) -> tuple[int, int | None]:
+    return node._saved_split_size * number, node._input_metadata[number].shape[0]
+
+
+def _split_with_sizes(node: Any, number: int) -> tuple[int, int | None]:
+    sizes = node._saved_split_sizes
+    return sum(sizes[:number]), sizes[number]
+
+
+SPLITS: dict[str, Callable[[Any, int], tuple[int, int | None]]] = {
+    "SliceBackward0": _slice,
+    "SplitBackward0": _split,
+    "SplitWithSizesBackward0": _split_with_sizes,
+}
+
+TRANSPARENT = SAME | TURNS | FLATTENS | SPLITS.keys() | {"PermuteBackward0"}
+
+
+def product_of(node: Node) -> tuple[tuple[Product, View | None, View | None], ...]:
+    """The products that a node may be: each with its weight and bias, where these are parameters.
+
+    The bias of a frozen weight counts too: then there is no view of the weight.
+    """
+    found = []
+    edges = node.next_functions
+    for product in PRODUCTS.get(node.name(), ()):
+        weight = View.of(edges[product.weight])
+        bias = None if product.bias is None else View.of(edges[product.bias])
+        frozen = edges[product.weight][0] is None
+        if weight is not None or (bias is not None and frozen):
+            found.append((product, weight, bias))
+    return tuple(found)
