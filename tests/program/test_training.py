@@ -211,7 +211,6 @@ def test_colour_images_and_kernels_lie_channels_last_and_runs_continue_exactly(
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("optimizer", ["sgd", "tekfac"])
 def test_run_in_16_bits_is_near_the_run_in_float32_and_continues_exactly(
@@ -231,7 +230,6 @@ def test_run_in_16_bits_is_near_the_run_in_float32_and_continues_exactly(
     assert {p.dtype for p in parameters if p.is_floating_point()} == {torch.float32}
 
 
-@pytest.mark.slow
 def test_loss_is_scaled_in_float16_alone(tmp_path: Path, data: Dataset) -> None:
     scales = {}
     for precision in ("fp32", "bf16", "fp16"):
