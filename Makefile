@@ -3,7 +3,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test lint
+# The tests' tensors are tiny: threads would only wait for one another.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+
+.PHONY: setup demo test test-all lint api build
 
 setup: $(STAMP)
 
@@ -16,11 +19,24 @@ $(STAMP): pyproject.toml
 demo: setup
 	$(BIN)/tekfac train
 
-# The tests' tensors are tiny: threads would only wait for one another.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+	$(PYTEST) -m 'not slow'
+
+test-all: setup
+	$(PYTEST) --durations=10
 
 lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# The public interface on file, which a test compares with the package.
+api: setup
+	$(BIN)/python tests/public_api.py > tests/public_api.txt
+
+# Wheel and sdist in dist/, whole and working where the source is not seen.
+build: setup
+	rm -rf dist
+	$(BIN)/python -m build --quiet
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/python .ci/check_dist.py

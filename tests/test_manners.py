@@ -596,9 +596,12 @@ def test_autocast(method: str, fisher: str) -> None:
         pytest.param(
             "inductor",
             "mc",
-            marks=pytest.mark.skipif(
-                shutil.which("g++") is None, reason="torch.compile needs a C++ compiler"
-            ),
+            marks=[
+                pytest.mark.slow,
+                pytest.mark.skipif(
+                    shutil.which("g++") is None, reason="torch.compile needs a C++ compiler"
+                ),
+            ],
         ),
     ],
 )

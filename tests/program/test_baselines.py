@@ -190,6 +190,7 @@ def test_soap_keeps_to_its_frequency_and_compiles_nothing(monkeypatch: pytest.Mo
     assert [number for number, new in enumerate(refreshed, start=1) if new] == [4, 8]
 
 
+@pytest.mark.slow
 @needs("soap")
 def test_soap_with_a_schedule_says_nothing_of_its_own(tmp_path: Path) -> None:
     command = "train --optimizer soap --schedule cosine --epochs 2 --limit-train 200 --out run"

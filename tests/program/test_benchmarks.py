@@ -26,6 +26,7 @@ def table(output: str) -> dict[str, list[float]]:
     return {name: [float(cell) for cell in cells] for name, *cells in lines[2:]}
 
 
+@pytest.mark.slow
 def test_race_over_a_whole_interval(step: ModuleType, capfd: pytest.CaptureFixture[str]) -> None:
     arguments = "--against tekfac,sgd --intervals 2/1/6 --steps 2 --set damping=0.1"
     step.main([*SMALL, *arguments.split()])

@@ -335,6 +335,7 @@ def wait_for(path: Path, lines: int) -> None:
     raise TimeoutError(path)
 
 
+@pytest.mark.slow
 def test_signals_to_a_real_process_lose_at_most_the_epoch_in_flight() -> None:
     """Ctrl-C, then SIGKILL, then to the end: the metrics of a run left alone."""
     epochs = ["--epochs", "100000"]

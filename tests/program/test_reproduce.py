@@ -70,6 +70,7 @@ def times(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in folder.glob("**/*/*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_table_3_is_what_its_runs_say_and_figure_3_costs_nothing() -> None:
     output = reproduce("table3", *SMOKE)
     out = Path("results/table3-smoke")
@@ -132,6 +133,7 @@ def test_table_3_is_what_its_runs_say_and_figure_3_costs_nothing() -> None:
     assert shown(out / "table3.md") == table
 
 
+@pytest.mark.slow
 def test_table_4_is_what_its_runs_say() -> None:
     output = reproduce("figure4", *SMOKE)
     assert "0 trials of searches and 6 runs" in output
@@ -267,6 +269,7 @@ def wait_for(pattern: str) -> None:
         time.sleep(0.005)
 
 
+@pytest.mark.slow
 def test_killed_and_shared_commands_end_with_the_table_of_an_undisturbed_one() -> None:
     command = ["table3", *SMOKE, "--optimizers", "sgd,tekfac", "--epochs", "4", "--out", "r"]
     reproduce(*command[:-1], "whole")

@@ -303,6 +303,7 @@ def wait_for_trials(count: int) -> None:
     raise TimeoutError(count)
 
 
+@pytest.mark.slow
 def test_killed_processes_and_several_at_once_try_each_point_once() -> None:
     rates = [f"0.{number}" for number in range(11, 24) if number != 20]
     options = ["--grid", f"lr={','.join(rates)}", "--epochs", "12", "--no-prune"]

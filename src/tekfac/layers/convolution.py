@@ -133,13 +133,14 @@ class ConvLayer(Layer):
         target = target.view(self.groups, *shape, math.prod(self.kernel), -1)
         for number, offsets in enumerate(self._offsets()):
             if seen is None:
-                window = tuple(
+                window = [slice(None)]
+                window += (
                     slice(offset, offset + (size - 1) * stride + 1, stride)
                     for offset, size, stride in zip(
                         offsets, sizes, self.geometry.stride, strict=True
                     )
                 )
-                found = padded[(slice(None), *window)]
+                found = padded[tuple(window)]
             else:
                 shift = 0
                 for offset, full in zip(offsets, padded.shape[1:-1], strict=True):

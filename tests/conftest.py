@@ -1,0 +1,12 @@
+"""Without the program's extra, its tests are left out: the optimizers need torch alone."""
+
+from __future__ import annotations
+
+import importlib.util
+
+collect_ignore = [] if importlib.util.find_spec("typer") else ["program"]
+
+
+def pytest_report_header() -> list[str]:
+    left_out = "left out: tests/program, for tekfac[train] is not installed"
+    return [left_out] if collect_ignore else []

@@ -1,0 +1,58 @@
+"""The public interface as text: names, signatures, defaults. Prints it when run as a program."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+
+import tekfac
+
+KEPT = Path(__file__).with_name("public_api.txt")
+
+
+def snapshot() -> str:
+    """Every name of ``tekfac.__all__`` with its arguments, and the methods that it defines."""
+    classes = (getattr(tekfac, name) for name in sorted(tekfac.__all__))
+    return "\n\n".join("\n".join(_class(cls)) for cls in classes) + "\n"
+
+
+def _class(cls: type) -> Iterator[str]:
+    bases = ", ".join(base.__name__ for base in cls.__bases__ if base is not object)
+    yield f"class {cls.__name__}({bases})" if bases else f"class {cls.__name__}"
+    # A line for each argument, so that a difference shows what changed.
+    for argument in _arguments(inspect.signature(cls)):
+        yield f"    {argument}"
+    for name, member in sorted(vars(cls).items()):
+        if name.startswith("_"):
+            continue
+        if isinstance(member, property) and member.fget is not None:
+            yield f"    .{name}{_returned(inspect.signature(member.fget), ': ')}"
+        # torch puts a wrapped copy of an inherited `step` into classes that were used.
+        elif inspect.isfunction(member) and member.__qualname__ == f"{cls.__qualname__}.{name}":
+            signature = inspect.signature(member)
+            _, *arguments = _arguments(signature)
+            yield f"    .{name}({', '.join(arguments)}){_returned(signature, ' -> ')}"
+
+
+def _arguments(signature: inspect.Signature) -> Iterator[str]:
+    """As in the source. Python's own text puts quotes around annotations in some versions."""
+    by_name_only = False
+    for parameter in signature.parameters.values():
+        if parameter.kind is parameter.KEYWORD_ONLY and not by_name_only:
+            by_name_only = True
+            yield "*"
+        stars = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}
+        text = stars.get(parameter.kind, "") + parameter.name
+        if parameter.annotation is not parameter.empty:
+            text += f": {parameter.annotation}"
+        yield text if parameter.default is parameter.empty else f"{text} = {parameter.default!r}"
+
+
+def _returned(signature: inspect.Signature, before: str) -> str:
+    found = signature.return_annotation
+    return "" if found is signature.empty else f"{before}{found}"
+
+
+if __name__ == "__main__":
+    print(snapshot(), end="")
