@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import tekfac
@@ -13,8 +13,14 @@ KEPT = Path(__file__).with_name("public_api.txt")
 
 def snapshot() -> str:
     """Every name of ``tekfac.__all__`` with its arguments, and the methods that it defines."""
-    classes = (getattr(tekfac, name) for name in sorted(tekfac.__all__))
-    return "\n\n".join("\n".join(_class(cls)) for cls in classes) + "\n"
+    members = (getattr(tekfac, name) for name in sorted(tekfac.__all__))
+    texts = (_class(each) if isinstance(each, type) else _function(each) for each in members)
+    return "\n\n".join("\n".join(text) for text in texts) + "\n"
+
+
+def _function(function: Callable[..., object]) -> Iterator[str]:
+    signature = inspect.signature(function)
+    yield f"{function.__name__}({', '.join(_arguments(signature))}){_returned(signature, ' -> ')}"
 
 
 def _class(cls: type) -> Iterator[str]:

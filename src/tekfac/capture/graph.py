@@ -14,7 +14,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from tekfac.layers import Layer, LinearLayer, Product, View, product_of
-from tekfac.layers.uses import ACCUMULATE, PRODUCTS, TRANSPARENT
+from tekfac.layers.uses import ACCUMULATE
 
 # Backward passes of our own, now running in this process: hooks that they reach, of any optimizer,
 # are not to take them for the user's. Not thread-local: autograd runs hooks in its own threads.
@@ -173,66 +173,74 @@ def search(root: Node, owner: Mapping[nn.Parameter, str], layers: Mapping[str, L
     """
     found = Found()
     seen = {root}
-    leads: dict[Node, tuple[int, ...]] = {}
     open_nodes = [root]
-    added: list[tuple[str, Node]] = []
+    leads: dict[Node, tuple[int, ...]] = {}
     products: dict[Node, str] = {}
+    added: list[tuple[Node, View, Node]] = []
+    # Which nodes take a parameter, and which of them are known to be on the way to a product.
+    takers: dict[nn.Parameter, set[Node]] = {}
+    explained: dict[nn.Parameter, set[Node]] = {}
+
+    def explain(view: View, node: Node) -> None:
+        explained.setdefault(view.parameter, set()).add(view.last or node)
+
     while open_nodes:
         node: Any = open_nodes.pop()
         kind = node.name()
-        if kind == ACCUMULATE:
-            name = owner.get(node.variable)
-            if name is not None and name in layers:
-                found.accumulators.setdefault(name, []).append(node)
-            continue
         if kind == "CheckpointFunctionBackward":
             found.reentrant = True
         elif kind.startswith("CompiledFunction"):
             found.compiled = True
         edges = node.next_functions
-        explained: set[nn.Parameter] = set()
-        if kind in PRODUCTS:
-            for use, bias in _uses(node, owner, layers):
-                use.lead = leads.get(node, use.lead)
-                found.uses.append(use)
-                products[node] = use.name
-                explained |= {view.parameter for view in (use.reading.view,) if view is not None}
-                explained |= {bias} if bias is not None else set()
-                if bias is not None:
-                    found.biases.add(use.name)
-        elif kind == "AddBackward0":
-            for (one, number), (other, _) in (edges, edges[::-1]):
-                view = View.of((one, number))
+        for use, bias in _uses(node, owner, layers):
+            use.lead = leads.get(node, use.lead)
+            found.uses.append(use)
+            products[node] = use.name
+            if use.reading.view is not None:
+                explain(use.reading.view, node)
+            if bias is not None:
+                explain(bias, node)
+                found.biases.add(use.name)
+        if kind == "AddBackward0":
+            for edge, (other, _) in (edges, edges[::-1]):
+                view = View.of(edge)
                 if view is not None and view.parameter.dim() == 1 and other is not None:
                     while other.name() in VIEWS:
                         other = other.next_functions[0][0]
-                    name = owner.get(view.parameter)
-                    if name is not None:
-                        added.append((name, other))
-                        explained.add(view.parameter)
+                    added.append((node, view, other))
         shape = tuple(node._input_metadata[0].shape) if kind in VIEWS else ()
-        for edge in edges:
-            child = edge[0]
+        for child, _ in edges:
             if child is None:
                 continue
-            if kind not in TRANSPARENT:
-                view = View.of(edge)
-                if view is not None and view.parameter not in explained:
-                    name = owner.get(view.parameter)
-                    if name is not None and name in layers:
-                        found.strange.setdefault(name, kind)
+            if child.name() == ACCUMULATE:
+                takers.setdefault(child.variable, set()).add(node)
+                name = owner.get(child.variable)
+                if child not in seen and name is not None and name in layers:
+                    found.accumulators.setdefault(name, []).append(child)
+            elif child not in seen:
+                open_nodes.append(child)
+            seen.add(child)
             if kind in VIEWS:
                 leads.setdefault(child, shape[:-1])
-            if child not in seen:
-                seen.add(child)
-                open_nodes.append(child)
-    found.biases |= {name for name, node in added if products.get(node) == name}
+    for node, view, product in added:
+        name = owner.get(view.parameter)
+        if name is not None and products.get(product) == name:
+            explain(view, node)
+            found.biases.add(name)
+    for parameter, nodes in takers.items():
+        name = owner.get(parameter)
+        others = nodes - explained.get(parameter, set())
+        if name is not None and name in layers and others:
+            if parameter is layers[name].bias:
+                found.biases.discard(name)
+            elif parameter is layers[name].weight:
+                found.strange[name] = min(other.name() for other in others)
     return found
 
 
 def _uses(
     node: Node, owner: Mapping[nn.Parameter, str], layers: Mapping[str, Layer]
-) -> Iterator[tuple[Use, nn.Parameter | None]]:
+) -> Iterator[tuple[Use, View | None]]:
     for product, weight, bias in product_of(node):
         known = weight or bias
         assert known is not None
@@ -242,14 +250,13 @@ def _uses(
             continue
         if product.geometry is not None and weight is not None and weight.turned:
             continue
-        own_bias = bias.parameter if bias is not None else None
         metadata: Any = node
         shape = tuple(metadata._input_metadata[0].shape)
         lead = shape[-1:] if product.left and len(shape) > 1 else shape[:-1] or (1,)
         if product.geometry is not None:
             lead = shape[:1]
         reading = Reading(name, layer, product, weight, product.transposed(node))
-        yield Use(reading, node, lead), own_bias
+        yield Use(reading, node, lead), bias
 
 
 def read_inputs(uses: Collection[Use]) -> None:

@@ -111,22 +111,25 @@ class View:
         turned: whether its two dimensions have changed places.
         first: the first of its rows that the operand has.
         rows: how many; None for all.
+        last: the last node on the way to the parameter; None if there is none between.
     """
 
     parameter: nn.Parameter
     turned: bool = False
     first: int = 0
     rows: int | None = None
+    last: Any = None
 
     @classmethod
     def of(cls, edge: tuple[Any, int]) -> View | None:
         """The parameter behind an operand; None if there is none, or more than a view of one."""
         turned, first, rows, flat = False, 0, None, False
         node, number = edge
+        last = None
         while node is not None:
             name = node.name()
             if name == ACCUMULATE:
-                return cls(node.variable, turned, first, rows)
+                return cls(node.variable, turned, first, rows, last)
             if name in TURNS or name == "PermuteBackward0":
                 # From here on, rows are the parameter's columns.
                 if rows is not None or flat or not _turns(node):
@@ -142,6 +145,7 @@ class View:
                 flat = True
             elif name not in SAME:
                 return None
+            last = node
             node, number = node.next_functions[0]
         return None
 
@@ -183,8 +187,6 @@ SPLITS: dict[str, Callable[[Any, int], tuple[int, int | None]]] = {
     "SplitBackward0": _split,
     "SplitWithSizesBackward0": _split_with_sizes,
 }
-
-TRANSPARENT = SAME | TURNS | FLATTENS | SPLITS.keys() | {"PermuteBackward0"}
 
 
 def product_of(node: Node) -> tuple[tuple[Product, View | None, View | None], ...]:
