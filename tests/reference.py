@@ -2,9 +2,9 @@
 
 Nothing here uses the package. Every example goes through the model alone, autograd differentiates
 each of its log-likelihoods, the Fisher block is the explicit mean of outer products, and a
-preconditioned gradient is a dense solve. Vectors are in the order
-``torch.cat([weight.flatten(1), bias[:, None]], 1).flatten()``, in which the matrix of ``V ↦ G V A``
-is ``kron(G, A)``.
+preconditioned gradient is a dense solve, or a product with a dense matrix's power. Vectors are in
+the order ``torch.cat([weight.flatten(1), bias[:, None]], 1).flatten()``, in which the matrix of
+``V ↦ G V A`` is ``kron(G, A)``.
 """
 
 from __future__ import annotations
@@ -306,6 +306,14 @@ class Block:
         return torch.kron(g, a)
 
 
+def divided(matrix: Tensor, vector: Tensor, power: float) -> Tensor:
+    """``matrix^(−power) @ vector``: by a dense solve, or the matrix's own eigenvectors."""
+    if power == 1:
+        return torch.linalg.solve(matrix, vector)
+    values, vectors = torch.linalg.eigh(matrix)
+    return vectors @ (values**-power * (vectors.T @ vector))
+
+
 def mix(old: list[Tensor], new: list[Tensor], decay: float) -> list[Tensor]:
     """The exponential moving average, first batch taken whole."""
     if not old:
@@ -345,6 +353,7 @@ class Optimizer:
     nesterov: bool = False
     weight_decay: float = 0.0
     damping: float | Trace | Factored | Relative = 1e-2
+    power: float = 1.0
     fc_scale: float | str = 1.0
     factor_every: int = 1
     scale_every: int = 1
@@ -400,9 +409,9 @@ class Optimizer:
                 p.mul_(1 - self.lr * self.weight_decay).sub_(self.lr * c.reshape(p.shape))
 
     def precondition(self, name: str, gradient: Tensor) -> Tensor:
-        """The damped block's inverse times a ``(groups, d_out, d_in)`` gradient."""
+        """The damped block's power times a ``(groups, d_out, d_in)`` gradient."""
         solved = [
-            torch.linalg.solve(damped, g.flatten()).reshape(g.shape)
+            divided(damped, g.flatten(), self.power).reshape(g.shape)
             for damped, g in zip(self.damped(name), gradient, strict=True)
         ]
         return torch.stack(solved)

@@ -33,7 +33,7 @@ class EKFAC(NaturalGradient):
         A ← E[Ω],  G ← E[Γ]                                        every factor_every steps (2.4)
         A = U_A D_A U_Aᵀ,  G = U_G D_G U_Gᵀ                        every basis_every steps (2.6)
         S ← E[(U_Gᵀ D_n U_A)^∘2]                                   every scale_every steps (2.7)
-        v ← momentum · v + U_G ((U_Gᵀ ∇h U_A) / (S + λ)) U_Aᵀ
+        v ← momentum · v + U_G ((U_Gᵀ ∇h U_A) / (S + λ)^power) U_Aᵀ
         W ← W − lr · v
 
     A refresh of the basis carries ``S`` over to the new one.

@@ -34,7 +34,7 @@ class TEKFAC(EKFAC, TKFAC):
         Φ = U_Φ D_Φ U_Φᵀ,  Ψ = U_Ψ D_Ψ U_Ψᵀ                        every basis_every steps (3.1)
         Λ ← E[(U_Ψᵀ D_n U_Φ)^∘2]                                   every scale_every steps (3.2)
         λ = max(tr F, ν) / dim F,  tr F = sum(Λ)                   (3.5), or a constant (3.4)
-        v ← momentum · v + U_Ψ ((U_Ψᵀ ∇h U_Φ) / (Λ + λ)) U_Φᵀ      (3.9)
+        v ← momentum · v + U_Ψ ((U_Ψᵀ ∇h U_Φ) / (Λ + λ)^power) U_Φᵀ    (3.9)
         W ← W − lr · v
 
     The factors, the damping and β are TKFAC's; the rescaling, carried over when the basis is

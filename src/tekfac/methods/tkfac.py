@@ -35,7 +35,7 @@ class TKFAC(NaturalGradient):
         Φ = U_Φ D_Φ U_Φᵀ,  Ψ = U_Ψ D_Ψ U_Ψᵀ                        every basis_every steps (3.1)
         λ = max(tr F, ν) / dim F,  tr F = δ                        (3.5), or a constant
         F̂ + λ I is taken as (√δ Φ + π√λ I) ⊗ (√δ Ψ + √λ/π I),  π² = (tr Φ/d_in) / (tr Ψ/d_out)
-        v ← momentum · v + U_Ψ ((U_Ψᵀ ∇h U_Φ) / (damped eigenvalues)) U_Φᵀ
+        v ← momentum · v + U_Ψ ((U_Ψᵀ ∇h U_Φ) / (damped eigenvalues)^power) U_Φᵀ
         W ← W − lr · v
 
     In a network with convolutions, the blocks of its fully-connected layers are multiplied by β, to

@@ -40,6 +40,7 @@ class Common(TypedDict, total=False):
 
     nesterov: bool
     weight_decay: float
+    power: float
     fisher: str
     likelihood: str | Likelihood
     mc_samples: int
@@ -62,10 +63,10 @@ class Common(TypedDict, total=False):
 class NaturalGradient(torch.optim.Optimizer):
     r"""What KFAC, EKFAC, TKFAC and TEKFAC have in common.
 
-    For every supported layer (paper, 3.9), with ``∇h`` the mini-batch gradient of the user's own
-    loss::
+    For every supported layer (paper, 3.9, where ``power`` is 1), with ``∇h`` the mini-batch
+    gradient of the user's own loss::
 
-        v ← momentum · v + (F̂ + λ I)⁻¹ ∇h
+        v ← momentum · v + (F̂ + λ I)^(−power) ∇h
         θ ← θ − lr · v
 
     Weight decay is decoupled, ``θ ← θ − lr · weight_decay · θ``, as in AdamW: the penalty's
@@ -78,13 +79,17 @@ class NaturalGradient(torch.optim.Optimizer):
         model: the module that the training loop calls. Not its parameters.
         lr: step size α of the layers' natural gradient, not negative.
         momentum: μ, in [0, 1). 0 keeps no buffer.
-        nesterov: step along ``(F̂ + λ I)⁻¹ ∇h + momentum · v`` instead of ``v``.
+        nesterov: step along ``(F̂ + λ I)^(−power) ∇h + momentum · v`` instead of ``v``.
         weight_decay: decoupled, not negative.
         damping: λ, a positive float, or a rule: `RelativeDamping`, which follows the size of each
             layer's weights, `FactoredDamping`, which makes a difference to EKFAC and TEKFAC, or, of
             TKFAC and TEKFAC, `TraceDamping`. The default was chosen with the default ``lr`` on
             three tasks (benchmarks/README.md): ``lr / damping`` is the step in directions without
             curvature.
+        power: of the damped curvature that gradients are divided by, above 0 and at most 1. 1 is
+            natural gradient, and the paper's. 1/2 divides each direction of the eigenbasis by the
+            root of its curvature, as Adam, Shampoo and SOAP do, and wants their learning rates: the
+            noise of a gradient is as large as that root, so that all directions are equally noisy.
         fisher: labels for the statistics. "mc": drawn from the model's predictive distribution
             (paper, 2.1). "exact": the expectation over all labels, one extra backward pass per
             class. "empirical": the data's own labels and the user's own loss, which is another
@@ -100,7 +105,7 @@ class NaturalGradient(torch.optim.Optimizer):
         output: finds the tensor of logits (or means) in what the model returns. If None, that is
             the model's output itself if it is a tensor, or else its field ``.logits``.
         kl_clip: if given, a bound on how far one step changes the predictive distribution: all
-            layers' natural gradients ``u = (F̂ + λ I)⁻¹ ∇h`` are scaled by
+            layers' natural gradients ``u = (F̂ + λ I)^(−power) ∇h`` are scaled by
             ``min(1, sqrt(kl_clip / Σ lr² ⟨u, ∇h⟩))``.
         factor_every: steps between statistics for the factors, ``T_FIM`` of the paper.
         basis_every: steps between refreshes of the eigenbasis, ``T_EIG``.
@@ -123,8 +128,8 @@ class NaturalGradient(torch.optim.Optimizer):
             ``first_order``.
         first_order: the rule for every other parameter.
         params: parameter groups, dicts with "params" and any of "lr", "momentum", "nesterov",
-            "weight_decay" and "damping"; None for all parameters that require a gradient. A group
-            that mixes layers' parameters with others becomes two.
+            "weight_decay", "damping" and "power"; None for all parameters that require a gradient.
+            A group that mixes layers' parameters with others becomes two.
 
     Raises:
         TypeError: if ``model`` is no module, or an argument is of the wrong type.
@@ -152,6 +157,7 @@ class NaturalGradient(torch.optim.Optimizer):
         nesterov: bool = False,
         weight_decay: float = 0.0,
         damping: Damping = 1e-2,
+        power: float = 1.0,
         fisher: str = "mc",
         likelihood: str | Likelihood = "categorical",
         mc_samples: int = 1,
@@ -222,6 +228,7 @@ class NaturalGradient(torch.optim.Optimizer):
             "nesterov": nesterov,
             "weight_decay": weight_decay,
             "damping": damping,
+            "power": power,
         }
         if params is None:
             params = [{"params": [p for p in model.parameters() if p.requires_grad]}]
@@ -321,7 +328,7 @@ class NaturalGradient(torch.optim.Optimizer):
 
         Args:
             param_group: a dict with "params" and any of "lr", "momentum", "nesterov",
-                "weight_decay" and "damping".
+                "weight_decay", "damping" and "power".
 
         Raises:
             TypeError: if it is no dict with "params", or holds something that is no parameter.
@@ -646,6 +653,8 @@ class NaturalGradient(torch.optim.Optimizer):
     def __setstate__(self, kept: dict[str, Any]) -> None:
         closed = kept.pop("closed", None)
         super().__setstate__(kept)
+        for group in self.param_groups:
+            group.setdefault("power", 1.0)  # not there in older states
         if closed is not None:  # unpickled or copied, not load_state_dict
             self._capture = None
             if not closed:

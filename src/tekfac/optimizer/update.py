@@ -15,7 +15,7 @@ from tekfac.verdict import Verdict
 
 
 class Preconditioner:
-    """``(F̂ + λ I)⁻¹ ∇h`` of many blocks; of small ones with the same shapes together."""
+    """``(F̂ + λ I)^(−power) ∇h`` of many blocks; of small ones with the same shapes together."""
 
     def __init__(self) -> None:
         self._stacks: dict[object, Stack] = {}
