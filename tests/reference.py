@@ -329,6 +329,13 @@ class Trace:
 
 
 @dataclass(frozen=True)
+class Mean:
+    """This times each layer's mean eigenvalue."""
+
+    ratio: float
+
+
+@dataclass(frozen=True)
 class Factored:
     """Factored Tikhonov damping for methods with a rescaling, too."""
 
@@ -352,8 +359,9 @@ class Optimizer:
     momentum: float = 0.0
     nesterov: bool = False
     weight_decay: float = 0.0
-    damping: float | Trace | Factored | Relative = 1e-2
+    damping: float | Trace | Mean | Factored | Relative = 1e-2
     power: float = 1.0
+    rms_clip: float | None = None
     fc_scale: float | str = 1.0
     factor_every: int = 1
     scale_every: int = 1
@@ -395,7 +403,11 @@ class Optimizer:
             found = torch.autograd.grad(
                 value, parts(layer), retain_graph=True, materialize_grads=True
             )
-            self._descend(name, layer, self.precondition(name, matrix(layer, found)))
+            natural = self.precondition(name, matrix(layer, found))
+            if self.rms_clip is not None:
+                size = float(natural.square().mean()) ** 0.5
+                natural = natural * min(1.0, (1 - self.momentum) * self.rms_clip / size)
+            self._descend(name, layer, natural)
 
     def _descend(self, name: str, layer: nn.Module, direction: Tensor) -> None:
         velocity = self.momentum * self.velocity.get(name, 0.0) + direction
@@ -435,6 +447,8 @@ class Optimizer:
         if isinstance(self.damping, Trace):
             dim = sum(len(block.dense()) for block in self.blocks[name])
             return max(self.trace(name), self.damping.nu) / dim
+        if isinstance(self.damping, Mean):
+            return self.damping.ratio * float(torch.trace(self.dense(name))) / len(self.dense(name))
         if isinstance(self.damping, Relative):
             return self.damping.damping / max(1.0, self.rows[name])
         return self.damping.damping if isinstance(self.damping, Factored) else self.damping

@@ -133,7 +133,9 @@ def test_relative_damping_leaves_relative_steps_as_they_are(method: str) -> None
             weight.mul_(3 * scale / weight.flatten(1).norm(dim=1).mean())
         before = weight.detach().clone()
         damping = tekfac.RelativeDamping(0.03)
-        optimizer = getattr(tekfac, method)(model, lr=0.1, damping=damping, fisher="exact")
+        optimizer = getattr(tekfac, method)(
+            model, lr=0.1, damping=damping, fisher="exact", rms_clip=None
+        )
         x, y = batch("pooled", 6)
         F.cross_entropy(model(x), y).backward()
         optimizer.step()

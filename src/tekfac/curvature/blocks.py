@@ -435,6 +435,8 @@ class CorrectedBlock(Block):
 
     scale: Tensor | None = None
     """``S`` or ``Λ``, ``(G, d_out, d_in)``: a value for each pair of the basis' eigenvalues."""
+    _trace_kept: tuple[Tensor, Tensor] | None = None
+    """The scale that the trace was last taken of, and its trace."""
 
     @property
     def empty(self) -> bool:
@@ -524,7 +526,12 @@ class CorrectedBlock(Block):
 
     def fisher_trace(self) -> Tensor:
         assert self.scale is not None
-        return (self.scale.to(self.layer.dtype) * self._require_basis().counts).sum()
+        kept = self._trace_kept
+        if kept is None or kept[0] is not self.scale:
+            # A pass over as many numbers as the layer has weights: not in every step.
+            trace = (self.scale.to(self.layer.dtype) * self._require_basis().counts).sum()
+            kept = self._trace_kept = self.scale, trace
+        return kept[1]
 
 
 def _under(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

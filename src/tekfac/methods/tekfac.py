@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from tekfac.curvature.blocks import CorrectedBlock
-from tekfac.curvature.damping import Damping
+from tekfac.curvature.damping import Damping, MeanDamping
 from tekfac.curvature.factors import TraceRestrictedFactors
 from tekfac.methods.ekfac import EKFAC
 from tekfac.methods.tkfac import TKFAC
@@ -47,10 +47,10 @@ class TEKFAC(EKFAC, TKFAC):
     def __init__(
         self,
         model: nn.Module,
-        lr: float = 1e-3,
+        lr: float = 3e-3,
         momentum: float = 0.9,
         *,
-        damping: Damping = 1e-2,
+        damping: Damping = MeanDamping(),
         fc_scale: float | str = "auto",
         scale_every: int = 10,
         scale_decay: float = 0.95,

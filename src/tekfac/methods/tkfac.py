@@ -9,7 +9,7 @@ from torch import nn
 
 from tekfac.checks import check_positive
 from tekfac.curvature.blocks import Block, FactoredBlock
-from tekfac.curvature.damping import Damping
+from tekfac.curvature.damping import Damping, MeanDamping
 from tekfac.curvature.factors import TraceRestrictedFactors
 from tekfac.layers import ConvLayer
 from tekfac.optimizer.natural_gradient import Common, NaturalGradient
@@ -61,10 +61,10 @@ class TKFAC(NaturalGradient):
     def __init__(
         self,
         model: nn.Module,
-        lr: float = 1e-3,
+        lr: float = 3e-3,
         momentum: float = 0.9,
         *,
-        damping: Damping = 1e-2,
+        damping: Damping = MeanDamping(),
         fc_scale: float | str = "auto",
         **common: Unpack[Common],
     ) -> None:
