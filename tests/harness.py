@@ -31,6 +31,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
 # The package's rules by the reference's, which have fields of the same names.
 DAMPING_RULES: dict[type, Callable[..., tekfac.curvature.damping.Damping]] = {
     reference.Trace: tekfac.TraceDamping,
+    reference.Mean: tekfac.MeanDamping,
     reference.Factored: tekfac.FactoredDamping,
     reference.Relative: tekfac.RelativeDamping,
 }
@@ -64,7 +65,8 @@ class SideBySide:
     ) -> None:
         self.model, self.loss = model, loss
         self.draws = draws if fisher == "exact" else reference.empirical(loss)
-        options = {"lr": 0.5, "damping": 1e-2, "momentum": 0.0, **options}
+        unbounded = {"power": 1.0, "rms_clip": None}
+        options = {"lr": 0.5, "damping": 1e-2, "momentum": 0.0, **unbounded, **options}
         self.slow = reference.Optimizer(copy.deepcopy(twin or model), method, **options)
         rule = DAMPING_RULES.get(type(options["damping"]))
         if rule is not None:

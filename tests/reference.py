@@ -2,9 +2,9 @@
 
 Nothing here uses the package. Every example goes through the model alone, autograd differentiates
 each of its log-likelihoods, the Fisher block is the explicit mean of outer products, and a
-preconditioned gradient is a dense solve. Vectors are in the order
-``torch.cat([weight.flatten(1), bias[:, None]], 1).flatten()``, in which the matrix of ``V ↦ G V A``
-is ``kron(G, A)``.
+preconditioned gradient is a dense solve, or a product with a dense matrix's power. Vectors are in
+the order ``torch.cat([weight.flatten(1), bias[:, None]], 1).flatten()``, in which the matrix of
+``V ↦ G V A`` is ``kron(G, A)``.
 """
 
 from __future__ import annotations
@@ -352,6 +352,14 @@ class Block:
         return torch.kron(g, a)
 
 
+def divided(matrix: Tensor, vector: Tensor, power: float) -> Tensor:
+    """``matrix^(−power) @ vector``: by a dense solve, or the matrix's own eigenvectors."""
+    if power == 1:
+        return torch.linalg.solve(matrix, vector)
+    values, vectors = torch.linalg.eigh(matrix)
+    return vectors @ (values**-power * (vectors.T @ vector))
+
+
 def mix(old: list[Tensor], new: list[Tensor], decay: float) -> list[Tensor]:
     """The exponential moving average, first batch taken whole."""
     if not old:
@@ -364,6 +372,13 @@ class Trace:
     """The paper's 3.5: each layer's mean eigenvalue, kept above ``nu / dim``."""
 
     nu: float
+
+
+@dataclass(frozen=True)
+class Mean:
+    """This times each layer's mean eigenvalue."""
+
+    ratio: float
 
 
 @dataclass(frozen=True)
@@ -390,7 +405,9 @@ class Optimizer:
     momentum: float = 0.0
     nesterov: bool = False
     weight_decay: float = 0.0
-    damping: float | Trace | Factored | Relative = 1e-2
+    damping: float | Trace | Mean | Factored | Relative = 1e-2
+    power: float = 1.0
+    rms_clip: float | None = None
     fc_scale: float | str = 1.0
     factor_every: int = 1
     scale_every: int = 1
@@ -432,7 +449,11 @@ class Optimizer:
             found = torch.autograd.grad(
                 value, parts(layer), retain_graph=True, materialize_grads=True
             )
-            self._descend(name, layer, self.precondition(name, matrix(layer, found)))
+            natural = self.precondition(name, matrix(layer, found))
+            if self.rms_clip is not None:
+                size = float(natural.square().mean()) ** 0.5
+                natural = natural * min(1.0, (1 - self.momentum) * self.rms_clip / size)
+            self._descend(name, layer, natural)
 
     def _descend(self, name: str, layer: nn.Module, direction: Tensor) -> None:
         velocity = self.momentum * self.velocity.get(name, 0.0) + direction
@@ -446,9 +467,9 @@ class Optimizer:
                 p.mul_(1 - self.lr * self.weight_decay).sub_(self.lr * c.reshape(p.shape))
 
     def precondition(self, name: str, gradient: Tensor) -> Tensor:
-        """The damped block's inverse times a ``(groups, d_out, d_in)`` gradient."""
+        """The damped block's power times a ``(groups, d_out, d_in)`` gradient."""
         solved = [
-            torch.linalg.solve(damped, g.flatten()).reshape(g.shape)
+            divided(damped, g.flatten(), self.power).reshape(g.shape)
             for damped, g in zip(self.damped(name), gradient, strict=True)
         ]
         return torch.stack(solved)
@@ -472,6 +493,8 @@ class Optimizer:
         if isinstance(self.damping, Trace):
             dim = sum(len(block.dense()) for block in self.blocks[name])
             return max(self.trace(name), self.damping.nu) / dim
+        if isinstance(self.damping, Mean):
+            return self.damping.ratio * float(torch.trace(self.dense(name))) / len(self.dense(name))
         if isinstance(self.damping, Relative):
             return self.damping.damping / max(1.0, self.rows[name])
         return self.damping.damping if isinstance(self.damping, Factored) else self.damping

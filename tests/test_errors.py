@@ -113,6 +113,10 @@ BAD_NUMBERS = [
     ("damping", True, r"^damping must be a positive float.*, got bool: True$"),
     ("damping", None, r"^damping must be a positive float.*, got NoneType: None$"),
     *(
+        ("power", v, f"^power must be above 0 and at most 1, got {v}$")
+        for v in (0, -0.5, 1.5, NAN, INF)
+    ),
+    *(
         ("factor_decay", v, rf"^factor_decay must be in \[0, 1\), got {v}$")
         for v in (-0.1, 1, 2.0, NAN)
     ),
@@ -265,6 +269,7 @@ def test_bad_first_order_rule(options: dict[str, Any], message: str) -> None:
         ({"lr": -1.0}, f"^lr {NOT_FINITE} -1.0$"),
         ({"weight_decay": NAN}, f"^weight_decay {NOT_FINITE} nan$"),
         ({"damping": 0.0}, "^damping must be positive and finite, got 0.0$"),
+        ({"power": 2.0}, "^power must be above 0 and at most 1, got 2.0$"),
         ({"momentum": 1.0}, r"^momentum must be in \[0, 1\), got 1.0$"),
         ({"momentum": 0.0, "nesterov": True}, "^nesterov needs a momentum above 0$"),
     ],

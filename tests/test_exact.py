@@ -133,7 +133,9 @@ def test_relative_damping_leaves_relative_steps_as_they_are(method: str) -> None
             weight.mul_(3 * scale / weight.flatten(1).norm(dim=1).mean())
         before = weight.detach().clone()
         damping = tekfac.RelativeDamping(0.03)
-        optimizer = getattr(tekfac, method)(model, lr=0.1, damping=damping, fisher="exact")
+        optimizer = getattr(tekfac, method)(
+            model, lr=0.1, damping=damping, fisher="exact", rms_clip=None
+        )
         x, y = batch("pooled", 6)
         F.cross_entropy(model(x), y).backward()
         optimizer.step()
@@ -202,6 +204,53 @@ def test_blocks(method: str, network: str, bias: bool) -> None:
         assert relative(block.inverse_matvec(v), torch.linalg.solve(damped, v)) < TOLERANCE
         for apply in (block.matvec, block.inverse_matvec):
             assert torch.equal(apply(v.reshape(block.shape)), apply(v).reshape(block.shape))
+
+
+POWERS = [1.0, 0.75, 0.5]
+POWER_DAMPINGS = [1e-2, Factored(1e-3), Relative(1e-3)]
+
+
+@pytest.mark.parametrize("power", POWERS)
+@pytest.mark.parametrize("damping", [1e-6, *POWER_DAMPINGS], ids=str)
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("method", METHODS)
+def test_power(method: str, network: str, damping: object, power: float) -> None:
+    """Steps and products against the power of the dense damped matrix."""
+    pair = first_step(network, method, damping=damping, power=power)
+    pair.check_parameters()
+    for name, block in pair.fast.blocks.items():
+        damped = torch.block_diag(*pair.slow.damped(name))
+        v = torch.randn(len(damped), dtype=torch.float64)
+        expected = reference.divided(damped, v, power)
+        assert relative(block.inverse_matvec(v), expected) < TOLERANCE
+        assert relative(block.inverse_matvec(v.reshape(block.shape)).flatten(), expected) < (
+            TOLERANCE
+        )
+        assert relative(block.dense(damped=True), damped) < TOLERANCE  # not of the power
+
+
+@pytest.mark.parametrize("power", POWERS)
+@pytest.mark.parametrize("damping", TRACE_DAMPINGS, ids=str)
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("method", TRACED)
+def test_power_with_trace_damping(method: str, network: str, damping: Trace, power: float) -> None:
+    first_step(network, method, damping=damping, power=power).check_parameters()
+
+
+@pytest.mark.parametrize("method", ["KFAC", "TKFAC"])
+def test_power_of_factors(method: str) -> None:
+    """Of a Kronecker product it is the product of the damped factors' powers."""
+    pair = first_step("mlp", method, damping=1e-2, power=0.5)
+    for name, (block,) in pair.slow.blocks.items():
+        a, g = block.pair
+        pi = ((a.trace() / len(a)) / (g.trace() / len(g))).sqrt()
+        v = torch.randn(len(g), len(a), dtype=torch.float64)
+        roots = []
+        for factor, more in ((g, 0.1 / pi), (a, 0.1 * pi)):
+            values, vectors = torch.linalg.eigh(factor + more * torch.eye(len(factor)))
+            roots.append(vectors @ torch.diag(values**-0.5) @ vectors.T)
+        expected = roots[0] @ v @ roots[1]
+        assert relative(pair.fast.blocks[name].inverse_matvec(v), expected) < TOLERANCE
 
 
 @pytest.mark.parametrize("network", CONVOLUTIONAL)

@@ -188,8 +188,9 @@ def test_a_fisher_block_of_ones_preconditions_by_nothing(method: str) -> None:
     model = nn.Sequential(nn.Linear(4, 3, bias=False)).double()
     x = math.sqrt(12) * torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64)).Q
     optimizer = getattr(tekfac, method)(
-        model, momentum=0.0, fisher="exact", likelihood="gaussian", damping=1e-30
-    )
+        model, lr=1e-3, momentum=0.0, fisher="exact", likelihood="gaussian", damping=1e-30,
+        rms_clip=None,
+    )  # fmt: skip
     before = model[0].weight.detach().clone()
     model(x).square().sum().backward()
     optimizer.step()

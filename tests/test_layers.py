@@ -533,7 +533,7 @@ def test_multihead_attention_trains(fisher: str, batch_first: bool) -> None:
     model = Attending()
     x, y = torch.randn(16, 4, 5).double(), torch.randint(3, (16,))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = tekfac.TEKFAC(model, lr=5e-3, fisher=fisher)
+    optimizer = tekfac.TEKFAC(model, lr=2e-2, fisher=fisher)
     losses = []
     for _ in range(30):
         optimizer.zero_grad()

@@ -102,6 +102,20 @@ def test_products_are_those_of_the_dense_block(method: str, shape: tuple[int, in
     close(block.eigenvalues.flatten().sort()[0], torch.linalg.eigvalsh(block.dense()), 1e-6)
 
 
+@pytest.mark.parametrize("power", [0.75, 0.5])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("method", METHODS)
+def test_powers_are_those_of_the_dense_block(
+    method: str, shape: tuple[int, int, int], power: float
+) -> None:
+    model, x, y = problem(*shape, 40)
+    block = stepped(method, model, x, y, rank=RANK, power=power).blocks["layer"]
+    v = torch.randn(block.shape, dtype=torch.float64)
+    values, vectors = torch.linalg.eigh(block.dense(damped=True))
+    expected = vectors @ (values**-power * (vectors.T @ v.flatten()))
+    close(block.inverse_matvec(v).flatten(), expected)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("method", METHODS)
 def test_the_trace_is_kept(method: str, shape: tuple[int, int, int]) -> None:

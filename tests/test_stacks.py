@@ -61,7 +61,9 @@ def check_near(found: list[Tensor], expected: list[Tensor]) -> None:
         torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("options", [{}, {"kl_clip": 1e-3}, {"storage": torch.float32}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"power": 0.5}, {"kl_clip": 1e-3}, {"storage": torch.float32}], ids=str
+)
 @pytest.mark.parametrize("method", METHODS)
 def test_the_same_as_each_by_itself(
     method: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
@@ -89,7 +91,7 @@ def test_settings_of_their_own(method: str, monkeypatch: pytest.MonkeyPatch) -> 
         rule: Any = tekfac.TraceDamping(0.1) if method in TRACED else tekfac.FactoredDamping(0.1)
         groups = [
             {"params": model[0].parameters(), "lr": 0.2},
-            {"params": model[2].parameters(), "damping": 1.0},
+            {"params": model[2].parameters(), "damping": 1.0, "power": 0.5},
             {"params": model[4].parameters(), "damping": rule},
             {"params": [p for layer in list(model)[5:] for p in layer.parameters()]},
         ]

@@ -42,7 +42,9 @@ def batches() -> Iterator[tuple[Tensor, Tensor]]:
 BATCHES = [batch for batch, _ in zip(batches(), range(16), strict=False)]
 
 
-def build(method: str, model: nn.Module, fisher: str = "mc") -> tekfac.NaturalGradient:
+def build(
+    method: str, model: nn.Module, fisher: str = "mc", **given: Any
+) -> tekfac.NaturalGradient:
     """An optimizer in which every setting that a state holds is set."""
     options: dict[str, Any] = {**INTERVALS, "factor_decay": 0.8, "kl_clip": 0.1}
     if method in RESCALED:
@@ -55,6 +57,7 @@ def build(method: str, model: nn.Module, fisher: str = "mc") -> tekfac.NaturalGr
         options |= {"damping": tekfac.RelativeDamping(0.02)}
     if fisher == "generator":
         options["generator"] = torch.Generator().manual_seed(5)
+    options |= {"power": 0.6, "rms_clip": 0.3, **given}
     options["fisher"] = "empirical" if fisher == "empirical" else "mc"
     first_order = tekfac.Adam(lr=0.02, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.1)
     return getattr(tekfac, method)(
@@ -228,6 +231,7 @@ def test_resumed_groups_keep_their_own_settings() -> None:
     def grouped(model: nn.Module, factor: float) -> tekfac.TEKFAC:
         first = {"params": model[0].parameters(), "lr": 0.1 * factor, "damping": 0.2 * factor}
         rest = {"params": model[1:].parameters(), "momentum": 0.5, "weight_decay": 0.1 * factor}
+        rest["power"] = 0.5 * factor
         return tekfac.TEKFAC(model, **INTERVALS, params=[first, rest])
 
     model, resumed = network(), network()
@@ -237,6 +241,23 @@ def test_resumed_groups_keep_their_own_settings() -> None:
     other.load_state_dict(optimizer.state_dict())
     assert other.param_groups[0]["damping"] == 0.2
     assert other.blocks["0"].damping == pytest.approx(0.2)
+    train(model, optimizer, range(3, 7))
+    train(resumed, other, range(3, 7))
+    assert same(resumed.state_dict(), model.state_dict())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_state_from_before_there_were_powers(method: str) -> None:
+    """It goes on as it was, with the power that there was, whatever the optimizer was made with."""
+    model, resumed = network(), network()
+    optimizer = build(method, model, power=1.0)
+    train(model, optimizer, range(3))
+    old = copy.deepcopy(optimizer.state_dict())
+    for group in old["param_groups"]:
+        del group["power"]
+    resumed.load_state_dict(model.state_dict())
+    other = build(method, resumed, power=0.5)
+    other.load_state_dict(old)
     train(model, optimizer, range(3, 7))
     train(resumed, other, range(3, 7))
     assert same(resumed.state_dict(), model.state_dict())

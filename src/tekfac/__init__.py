@@ -1,13 +1,13 @@
 """Natural-gradient optimizers for PyTorch: KFAC, EKFAC, TKFAC and TEKFAC (arXiv 2011.13609).
 
-    optimizer = tekfac.TEKFAC(model, lr=1e-3)
+    optimizer = tekfac.TEKFAC(model, lr=3e-3)
 
 and the training loop stays as it is.
 """
 
 from tekfac.capture.graph import measuring
 from tekfac.capture.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
-from tekfac.curvature.damping import FactoredDamping, RelativeDamping, TraceDamping
+from tekfac.curvature.damping import FactoredDamping, MeanDamping, RelativeDamping, TraceDamping
 from tekfac.methods.ekfac import EKFAC
 from tekfac.methods.kfac import KFAC
 from tekfac.methods.tekfac import TEKFAC
@@ -28,6 +28,7 @@ __all__ = [
     "FactoredDamping",
     "Gaussian",
     "Likelihood",
+    "MeanDamping",
     "NaturalGradient",
     "RelativeDamping",
     "TraceDamping",

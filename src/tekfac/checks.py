@@ -17,6 +17,12 @@ def check_positive(name: str, value: float) -> None:
         raise ValueError(f"{name} must be positive and finite, got {value!r}")
 
 
+def check_fraction(name: str, value: float) -> None:
+    """Raise ValueError unless ``value`` is above 0 and at most 1."""
+    if not 0 < value <= 1:
+        raise ValueError(f"{name} must be above 0 and at most 1, got {value!r}")
+
+
 def check_decay(name: str, value: float) -> None:
     """Raise ValueError unless ``value`` is in [0, 1)."""
     if not 0 <= value < 1:

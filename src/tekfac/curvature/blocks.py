@@ -70,7 +70,8 @@ class Block(ABC):
 
     Args:
         layer: the layer.
-        group: the optimizer's parameter group of the layer's weight; its ``damping`` is used.
+        group: the optimizer's parameter group of the layer's weight; its ``damping`` and ``power``
+            are used.
         rank: eigenvectors that wide factors keep (see `Moment`); None for all.
         storage: what factors, eigenvectors and rescaling are kept in between steps; None for what
             they are computed in.
@@ -163,7 +164,11 @@ class Block(ABC):
         return self.layer.to_vector(matrix).reshape(vector.shape)
 
     def inverse_matvec(self, vector: Tensor) -> Tensor:
-        """``(F̂ + λ I)⁻¹ v``, or the method's factored form of it, in the shape of ``vector``."""
+        """``(F̂ + λ I)^(−power) v``, what `precondition` does, in the shape of ``vector``.
+
+        With ``power=1`` that is a product with the damped block's inverse; KFAC's and TKFAC's
+        damped block is the product of their damped factors, and its power that of either factor.
+        """
         matrix = self.precondition(self._matrix(vector))
         return self.layer.to_vector(matrix).reshape(vector.shape)
 
@@ -171,7 +176,8 @@ class Block(ABC):
         """The block as a matrix, ``(d_out d_in, d_out d_in)``.
 
         Args:
-            damped: include the damping, so that the result is what `inverse_matvec` inverts.
+            damped: include the damping, so that the result is what `inverse_matvec` inverts, or
+                takes to the power of ``-power``.
 
         Raises:
             ValueError: if the block has more than 8192 rows.
@@ -231,9 +237,16 @@ class Block(ABC):
         return (d_out, d_in, basis.input.dtype, self.layer.dtype, basis.input.device)
 
     def precondition(self, matrix: Tensor) -> Tensor:
-        """``(F̂ + λ I)⁻¹ ∇h`` for a ``(G, d_out, d_in)`` gradient (2.5): rotate, rescale, rotate."""
+        """``(F̂ + λ I)^(−power) ∇h`` for a ``(G, d_out, d_in)`` gradient: rotate, rescale, rotate.
+
+        (2.5), where the power is 1.
+        """
         basis = self._require_basis()
-        return basis.apply(self._damped_eigenvalues().reciprocal(), matrix)
+        return basis.apply(self.multipliers(), matrix)
+
+    def multipliers(self) -> Tensor:
+        """What a gradient in the basis is multiplied by: eigenvalues of ``(F̂ + λ I)^(−power)``."""
+        return self._damped_eigenvalues().pow(-self.group["power"])
 
     def update(
         self,
@@ -328,7 +341,7 @@ class Block(ABC):
 
     @abstractmethod
     def _damped_eigenvalues(self) -> Tensor:
-        """What a gradient in the basis is divided by, ``(G, d_out, d_in)``, positive."""
+        """The eigenvalues of ``F̂ + λ I``, ``(G, d_out, d_in)``, positive."""
 
     def _with_factored_damping(self, eigenvalues: Tensor) -> Tensor:
         """The eigenvalues and what factored Tikhonov damping adds to them, ``(G, d_out, d_in)``.
@@ -447,6 +460,8 @@ class CorrectedBlock(Block):
     scale: Tensor | None = None
     """``S`` or ``Λ``, ``(G, d_out, d_in)``: a value for each pair of the basis' eigenvalues."""
     _rescaled: Tensor | float = 0.0
+    _trace_kept: tuple[Tensor, Tensor] | None = None
+    """The scale that the trace was last taken of, and its trace."""
 
     @property
     def empty(self) -> bool:
@@ -541,7 +556,12 @@ class CorrectedBlock(Block):
 
     def fisher_trace(self) -> Tensor:
         assert self.scale is not None
-        return (self.scale.to(self.layer.dtype) * self._require_basis().counts).sum()
+        kept = self._trace_kept
+        if kept is None or kept[0] is not self.scale:
+            # A pass over as many numbers as the layer has weights: not in every step.
+            trace = (self.scale.to(self.layer.dtype) * self._require_basis().counts).sum()
+            kept = self._trace_kept = self.scale, trace
+        return kept[1]
 
 
 def _under(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -13,6 +13,32 @@ from tekfac.checks import check_positive
 
 
 @dataclass(frozen=True)
+class MeanDamping:
+    """Damping relative to each layer's own curvature.
+
+    Layer ``l`` gets ``λ_l = ratio · tr F_l / dim F_l``, this part of its block's mean eigenvalue:
+    where an eigenvalue is far above the mean, the step is natural gradient's, and where it is far
+    below, as if it were the mean. It is a number without a unit, which means the same in every
+    layer, under every likelihood and at every stage of training. This is `TraceDamping` without its
+    ν, which has a unit: ratio 1 is the paper's (3.5) wherever a trace exceeds ν.
+
+    KFAC and TKFAC put ``λ_l`` into their factored form, so that each factor gets ``√ratio`` of its
+    own mean eigenvalue.
+
+    Args:
+        ratio: of the mean eigenvalue, positive.
+
+    Raises:
+        ValueError: if ``ratio`` is not a positive finite number.
+    """
+
+    ratio: float = 0.3
+
+    def __post_init__(self) -> None:
+        check_positive("MeanDamping's ratio", self.ratio)
+
+
+@dataclass(frozen=True)
 class TraceDamping:
     """Damping that follows each layer's curvature (paper, 3.5).
 
@@ -82,7 +108,7 @@ class RelativeDamping(FactoredDamping):
     """
 
 
-Rule = TraceDamping | FactoredDamping | RelativeDamping
+Rule = MeanDamping | TraceDamping | FactoredDamping | RelativeDamping
 Damping = float | Rule
 
 RULES: dict[str, type[Rule]] = {rule.__name__: rule for rule in get_args(Rule)}
@@ -106,6 +132,9 @@ def damping_of(
     """
     if isinstance(rule, TraceDamping):
         return block_trace().clamp_min(rule.nu) / dim
+    if isinstance(rule, MeanDamping):
+        # Of a layer without any curvature, nothing is to be said: finite, and small.
+        return (rule.ratio / dim * block_trace()).clamp_min(torch.finfo(dtype).eps ** 2)
     # A number too small for the block's precision must not become a division by 0.
     tiny = torch.finfo(dtype).tiny
     if isinstance(rule, RelativeDamping):
@@ -142,10 +171,11 @@ def check_damping(rule: object, *, trace_damping: bool, method: str) -> None:
                 "give damping as a positive float, e.g. damping=1e-3"
             )
         return
-    if isinstance(rule, FactoredDamping):
+    if isinstance(rule, (MeanDamping, FactoredDamping)):
         return
     if isinstance(rule, bool) or not isinstance(rule, (int, float)):
-        kinds = "a positive float, " + ("tekfac.TraceDamping, " if trace_damping else "")
+        kinds = "a positive float, tekfac.MeanDamping, "
+        kinds += "tekfac.TraceDamping, " if trace_damping else ""
         kinds += "tekfac.FactoredDamping or tekfac.RelativeDamping"
         raise TypeError(f"damping must be {kinds}, got {type(rule).__name__}: {rule!r}")
     check_positive("damping", rule)

@@ -29,8 +29,8 @@ class Stack:
         """What `Block.precondition` of each block makes of its gradient."""
         if any(old is not block.basis for old, block in zip_longest(self._bases, self.blocks)):
             self._join()
-        values = torch.cat([block._damped_eigenvalues() for block in self.blocks])
-        natural = self._joined.apply(values.reciprocal_(), torch.cat(list(matrices)))
+        values = torch.cat([block.multipliers() for block in self.blocks])
+        natural = self._joined.apply(values, torch.cat(list(matrices)))
         return list(natural.split_with_sizes([len(matrix) for matrix in matrices]))
 
     def _join(self) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 
 from tekfac.checks import check_count, check_decay
 from tekfac.curvature.blocks import Block, CorrectedBlock, Due
-from tekfac.curvature.damping import Damping
+from tekfac.curvature.damping import Damping, MeanDamping
 from tekfac.curvature.factors import KroneckerFactors
 from tekfac.optimizer.intervals import STATISTICS, amount_at
 from tekfac.optimizer.natural_gradient import Common, NaturalGradient
@@ -33,7 +33,7 @@ class EKFAC(NaturalGradient):
         A ← E[Ω],  G ← E[Γ]                                        every factor_every steps (2.4)
         A = U_A D_A U_Aᵀ,  G = U_G D_G U_Gᵀ                        every basis_every steps (2.6)
         S ← E[(U_Gᵀ D_n U_A)^∘2]                                   every scale_every steps (2.7)
-        v ← momentum · v + U_G ((U_Gᵀ ∇h U_A) / (S + λ)) U_Aᵀ
+        v ← momentum · v + U_G ((U_Gᵀ ∇h U_A) / (S + λ)^power) U_Aᵀ
         W ← W − lr · v
 
     A refresh of the basis carries ``S`` over to the new one.
@@ -57,10 +57,10 @@ class EKFAC(NaturalGradient):
     def __init__(
         self,
         model: nn.Module,
-        lr: float = 1e-3,
+        lr: float = 3e-3,
         momentum: float = 0.9,
         *,
-        damping: Damping = 1e-2,
+        damping: Damping = MeanDamping(),
         scale_every: int = 10,
         scale_decay: float = 0.95,
         scale_examples: int | None = 16,

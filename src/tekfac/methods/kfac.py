@@ -22,7 +22,7 @@ class KFAC(NaturalGradient):
         A ← E[Ω],  G ← E[Γ]                                        every factor_every steps (2.4)
         A = U_A D_A U_Aᵀ,  G = U_G D_G U_Gᵀ                        every basis_every steps (2.6)
         F̂ + λ I is taken as (A + π√λ I) ⊗ (G + √λ/π I),  π² = (tr A/d_in) / (tr G/d_out)
-        v ← momentum · v + U_G ((U_Gᵀ ∇h U_A) / (damped eigenvalues)) U_Aᵀ
+        v ← momentum · v + U_G ((U_Gᵀ ∇h U_A) / (damped eigenvalues)^power) U_Aᵀ
         W ← W − lr · v
 
     Arguments and errors: see `NaturalGradient`.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from tekfac.curvature.blocks import CorrectedBlock
-from tekfac.curvature.damping import Damping
+from tekfac.curvature.damping import Damping, MeanDamping
 from tekfac.curvature.factors import TraceRestrictedFactors
 from tekfac.methods.ekfac import EKFAC
 from tekfac.methods.tkfac import TKFAC
@@ -34,7 +34,7 @@ class TEKFAC(EKFAC, TKFAC):
         Φ = U_Φ D_Φ U_Φᵀ,  Ψ = U_Ψ D_Ψ U_Ψᵀ                        every basis_every steps (3.1)
         Λ ← E[(U_Ψᵀ D_n U_Φ)^∘2]                                   every scale_every steps (3.2)
         λ = max(tr F, ν) / dim F,  tr F = sum(Λ)                   (3.5), or a constant (3.4)
-        v ← momentum · v + U_Ψ ((U_Ψᵀ ∇h U_Φ) / (Λ + λ)) U_Φᵀ      (3.9)
+        v ← momentum · v + U_Ψ ((U_Ψᵀ ∇h U_Φ) / (Λ + λ)^power) U_Φᵀ    (3.9)
         W ← W − lr · v
 
     The factors, the damping and β are TKFAC's; the rescaling, carried over when the basis is
@@ -47,10 +47,10 @@ class TEKFAC(EKFAC, TKFAC):
     def __init__(
         self,
         model: nn.Module,
-        lr: float = 1e-3,
+        lr: float = 3e-3,
         momentum: float = 0.9,
         *,
-        damping: Damping = 1e-2,
+        damping: Damping = MeanDamping(),
         fc_scale: float | str = "auto",
         scale_every: int = 10,
         scale_decay: float = 0.95,

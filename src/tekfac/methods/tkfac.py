@@ -9,7 +9,7 @@ from torch import nn
 
 from tekfac.checks import check_positive
 from tekfac.curvature.blocks import Block, FactoredBlock
-from tekfac.curvature.damping import Damping
+from tekfac.curvature.damping import Damping, MeanDamping
 from tekfac.curvature.factors import TraceRestrictedFactors
 from tekfac.layers import ConvLayer
 from tekfac.optimizer.natural_gradient import Common, NaturalGradient
@@ -35,7 +35,7 @@ class TKFAC(NaturalGradient):
         Φ = U_Φ D_Φ U_Φᵀ,  Ψ = U_Ψ D_Ψ U_Ψᵀ                        every basis_every steps (3.1)
         λ = max(tr F, ν) / dim F,  tr F = δ                        (3.5), or a constant
         F̂ + λ I is taken as (√δ Φ + π√λ I) ⊗ (√δ Ψ + √λ/π I),  π² = (tr Φ/d_in) / (tr Ψ/d_out)
-        v ← momentum · v + U_Ψ ((U_Ψᵀ ∇h U_Φ) / (damped eigenvalues)) U_Φᵀ
+        v ← momentum · v + U_Ψ ((U_Ψᵀ ∇h U_Φ) / (damped eigenvalues)^power) U_Φᵀ
         W ← W − lr · v
 
     In a convolutional network (one with more convolutions than layers of tokens), the blocks of its
@@ -61,10 +61,10 @@ class TKFAC(NaturalGradient):
     def __init__(
         self,
         model: nn.Module,
-        lr: float = 1e-3,
+        lr: float = 3e-3,
         momentum: float = 0.9,
         *,
-        damping: Damping = 1e-2,
+        damping: Damping = MeanDamping(),
         fc_scale: float | str = "auto",
         **common: Unpack[Common],
     ) -> None:

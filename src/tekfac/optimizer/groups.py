@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tekfac.checks import check_decay, check_not_negative
+from tekfac.checks import check_decay, check_fraction, check_not_negative, check_positive
 from tekfac.curvature.blocks import Block
 from tekfac.curvature.damping import check_damping
 from tekfac.layers import Assignment
@@ -30,6 +30,9 @@ def check_group(group: Mapping[str, Any], trace_damping: bool, method: str) -> N
     check_not_negative("lr", group["lr"])
     check_not_negative("weight_decay", group["weight_decay"])
     check_decay("momentum", group["momentum"])
+    check_fraction("power", group["power"])
+    if group["rms_clip"] is not None:
+        check_positive("rms_clip", group["rms_clip"])
     if group["nesterov"] and not group["momentum"]:
         raise ValueError("nesterov needs a momentum above 0")
     check_damping(group["damping"], trace_damping=trace_damping, method=method)

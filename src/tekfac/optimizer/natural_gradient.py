@@ -27,14 +27,14 @@ from tekfac.capture.likelihoods import Likelihood, make_likelihoods
 from tekfac.capture.outputs import chosen_outputs, find_outputs
 from tekfac.checks import check_count, check_decay, check_positive
 from tekfac.curvature.blocks import Block, Due
-from tekfac.curvature.damping import Damping
+from tekfac.curvature.damping import Damping, MeanDamping
 from tekfac.layers import assign
 from tekfac.optimizer import state
 from tekfac.optimizer.events import Events
 from tekfac.optimizer.first_order import Adam, adam_step
 from tekfac.optimizer.groups import check_group, curvature_groups, divided, members_of
 from tekfac.optimizer.intervals import BASES, STATISTICS, amount_at, decay_at, is_due
-from tekfac.optimizer.update import Preconditioner, clip_of, step_along
+from tekfac.optimizer.update import Preconditioner, step_along, within_kl, within_rms
 from tekfac.verdict import YES, Verdict
 
 
@@ -43,6 +43,8 @@ class Common(TypedDict, total=False):
 
     nesterov: bool
     weight_decay: float
+    power: float
+    rms_clip: float | None
     fisher: str
     likelihood: str | Likelihood | Sequence[str | Likelihood]
     mc_samples: int
@@ -67,10 +69,10 @@ class Common(TypedDict, total=False):
 class NaturalGradient(torch.optim.Optimizer):
     r"""What KFAC, EKFAC, TKFAC and TEKFAC have in common.
 
-    For every supported layer (paper, 3.9), with ``∇h`` the mini-batch gradient of the user's own
-    loss::
+    For every supported layer (paper, 3.9, where ``power`` is 1), with ``∇h`` the mini-batch
+    gradient of the user's own loss::
 
-        v ← momentum · v + (F̂ + λ I)⁻¹ ∇h
+        v ← momentum · v + (F̂ + λ I)^(−power) ∇h
         θ ← θ − lr · v
 
     Weight decay is decoupled, ``θ ← θ − lr · weight_decay · θ``, as in AdamW: the penalty's
@@ -81,15 +83,27 @@ class NaturalGradient(torch.optim.Optimizer):
 
     Args:
         model: the module that the training loop calls. Not its parameters.
-        lr: step size α of the layers' natural gradient, not negative.
+        lr: step size α of the layers' natural gradient, not negative. With ``rms_clip`` it is to be
+            chosen like Adam's.
         momentum: μ, in [0, 1). 0 keeps no buffer.
-        nesterov: step along ``(F̂ + λ I)⁻¹ ∇h + momentum · v`` instead of ``v``.
+        nesterov: step along ``(F̂ + λ I)^(−power) ∇h + momentum · v`` instead of ``v``.
         weight_decay: decoupled, not negative.
-        damping: λ, a positive float, or a rule: `RelativeDamping`, which follows the size of each
-            layer's weights, `FactoredDamping`, which makes a difference to EKFAC and TEKFAC, or, of
-            TKFAC and TEKFAC, `TraceDamping`. The default was chosen with the default ``lr`` on
-            three tasks (benchmarks/README.md): ``lr / damping`` is the step in directions without
-            curvature.
+        damping: λ, a positive float, the same for all layers, or a rule: `MeanDamping`, relative to
+            each layer's own curvature, `RelativeDamping`, which follows the size of each layer's
+            weights, `FactoredDamping`, which makes a difference to EKFAC and TEKFAC, or, of TKFAC
+            and TEKFAC, `TraceDamping`. The default needs no tuning: it has no unit. With a float,
+            ``lr / damping`` is the step in directions without curvature.
+        power: of the damped curvature that gradients are divided by, above 0 and at most 1. 1 is
+            natural gradient, and the paper's. 1/2 divides each direction of the eigenbasis by the
+            root of its curvature, as Adam, Shampoo and SOAP do, and wants their learning rates: the
+            noise of a gradient is as large as that root, so that all directions are equally noisy.
+        rms_clip: bound on the size of each layer's steps, so that a run that would diverge trains:
+            natural gradients ``u = (F̂ + λ I)^(−power) ∇h`` are scaled by
+            ``min(1, (1 − momentum) rms_clip / rms(u))``, each layer's by its own root mean square,
+            before they go into ``v``. No step is larger than ``lr · rms_clip`` then, which is the
+            size of Adam's steps where 1, whatever the loss is multiplied by. This is Adafactor's
+            clipping of updates (Shazeer and Stern, 2018), with room for the sum that momentum
+            makes. None for no bound, as in the paper.
         fisher: labels for the statistics. "mc": drawn from the model's predictive distribution
             (paper, 2.1). "exact": the expectation over all labels, one extra backward pass per
             class. "empirical": the data's own labels and the user's own loss, which is another
@@ -114,7 +128,7 @@ class NaturalGradient(torch.optim.Optimizer):
             several. If None: the model's output itself if it is a tensor, or else its field
             ``.logits``, or else all tensors of two dimensions or more in it that have a gradient.
         kl_clip: if given, a bound on how far one step changes the predictive distribution: all
-            layers' natural gradients ``u = (F̂ + λ I)⁻¹ ∇h`` are scaled by
+            layers' natural gradients ``u = (F̂ + λ I)^(−power) ∇h`` are scaled by
             ``min(1, sqrt(kl_clip / Σ lr² ⟨u, ∇h⟩))``.
         factor_every: steps between statistics for the factors, ``T_FIM`` of the paper.
         basis_every: steps between refreshes of the eigenbasis, ``T_EIG``.
@@ -137,8 +151,8 @@ class NaturalGradient(torch.optim.Optimizer):
             ``first_order``.
         first_order: the rule for every other parameter.
         params: parameter groups, dicts with "params" and any of "lr", "momentum", "nesterov",
-            "weight_decay" and "damping"; None for all parameters that require a gradient. A group
-            that mixes layers' parameters with others becomes two.
+            "weight_decay", "damping", "power" and "rms_clip"; None for all parameters that require
+            a gradient. A group that mixes layers' parameters with others becomes two.
 
     Raises:
         TypeError: if ``model`` is no module, or an argument is of the wrong type.
@@ -160,12 +174,14 @@ class NaturalGradient(torch.optim.Optimizer):
     def __init__(
         self,
         model: nn.Module,
-        lr: float = 1e-3,
+        lr: float = 3e-3,
         momentum: float = 0.9,
         *,
         nesterov: bool = False,
         weight_decay: float = 0.0,
-        damping: Damping = 1e-2,
+        damping: Damping = MeanDamping(),
+        power: float = 1.0,
+        rms_clip: float | None = 1.0,
         fisher: str = "mc",
         likelihood: str | Likelihood | Sequence[str | Likelihood] = "categorical",
         mc_samples: int = 1,
@@ -244,6 +260,8 @@ class NaturalGradient(torch.optim.Optimizer):
             "nesterov": nesterov,
             "weight_decay": weight_decay,
             "damping": damping,
+            "power": power,
+            "rms_clip": rms_clip,
         }
         if params is None:
             params = [{"params": [p for p in model.parameters() if p.requires_grad]}]
@@ -349,7 +367,7 @@ class NaturalGradient(torch.optim.Optimizer):
 
         Args:
             param_group: a dict with "params" and any of "lr", "momentum", "nesterov",
-                "weight_decay" and "damping".
+                "weight_decay", "damping", "power" and "rms_clip".
 
         Raises:
             TypeError: if it is no dict with "params", or holds something that is no parameter.
@@ -434,14 +452,14 @@ class NaturalGradient(torch.optim.Optimizer):
         finite = self._finite()
         if finite is not None and self._leaves_open():
             wanted = Verdict(finite)
-            self._events.count("skipped_steps", ~finite)
+            self._events.decide(finite)
         else:
             self._events.read()
             if finite is not None and not bool(finite):
-                self._events.counts["skipped_steps"] += 1
-                self._events.warn_of("skipped_steps", self._not_finite())
+                self._events.skip(self._not_finite())
                 self._discard()
                 return loss
+            self._events.go()
         capture.flush()
         for block in self._blocks.values():
             if block.pending and all(p.grad is None for p in block.layer.parameters):
@@ -604,7 +622,6 @@ class NaturalGradient(torch.optim.Optimizer):
             wanted: whether to take the step.
         """
         directions: dict[Tensor, Tensor] = {}
-        inner = 0.0
         gradients: dict[str, Tensor] = {}
         for name, block in self._blocks.items():
             weight, bias = block.layer.weight, block.layer.bias
@@ -614,15 +631,12 @@ class NaturalGradient(torch.optim.Optimizer):
                     None if weight is None else weight.grad, None if bias is None else bias.grad
                 )
         naturals = self._preconditioner.natural_gradients(self._blocks, gradients)
-        for name, natural in naturals.items():
-            block = self._blocks[name]
-            if self.kl_clip is not None:
-                inner = inner + block.group["lr"] ** 2 * (natural * gradients[name]).sum()
-            parts = zip(block.layer.parameters, block.layer.split(natural), strict=True)
+        if self.kl_clip is not None:
+            naturals = within_kl(naturals, gradients, self._blocks, self.kl_clip)
+        for name, natural in within_rms(naturals, self._blocks).items():
+            layer = self._blocks[name].layer
+            parts = zip(layer.parameters, layer.split(natural), strict=True)
             directions |= {p: part.to(p.dtype) for p, part in parts if p.grad is not None}
-        if self.kl_clip is not None and isinstance(inner, Tensor):
-            clip = clip_of(self.kl_clip, inner)
-            directions = {p: d * clip.to(d.dtype) for p, d in directions.items()}
         for group in self.param_groups:
             ready = [p for p in group["params"] if p.grad is not None]
             if group["first_order"]:
@@ -699,6 +713,10 @@ class NaturalGradient(torch.optim.Optimizer):
     def __setstate__(self, kept: dict[str, Any]) -> None:
         closed = kept.pop("closed", None)
         super().__setstate__(kept)
+        for group in self.param_groups:
+            # Not there in older states.
+            group.setdefault("power", 1.0)
+            group.setdefault("rms_clip", None)
         if closed is not None:  # unpickled or copied, not load_state_dict
             self._capture = None
             if not closed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ from tekfac.verdict import Verdict
 
 
 class Preconditioner:
-    """``(F̂ + λ I)⁻¹ ∇h`` of many blocks; of small ones with the same shapes together."""
+    """``(F̂ + λ I)^(−power) ∇h`` of many blocks; of small ones with the same shapes together."""
 
     def __init__(self) -> None:
         self._stacks: dict[object, Stack] = {}
@@ -47,9 +48,36 @@ class Preconditioner:
         return result
 
 
-def clip_of(kl_clip: float, inner: Tensor) -> Tensor:
-    """``min(1, sqrt(kl_clip / Σ lr² ⟨u, ∇h⟩))``, 0-dimensional; ``inner`` is the sum."""
-    return (kl_clip / inner.clamp_min(torch.finfo(inner.dtype).tiny)).sqrt().clamp_max(1)
+def within_kl(
+    naturals: Mapping[str, Tensor],
+    gradients: Mapping[str, Tensor],
+    blocks: Mapping[str, Block],
+    kl_clip: float,
+) -> dict[str, Tensor]:
+    """All natural gradients times ``min(1, sqrt(kl_clip / Σ lr² ⟨u, ∇h⟩))``."""
+    inner = torch.zeros(())
+    for name, natural in naturals.items():
+        change = (natural * gradients[name]).sum()
+        inner = inner.to(change) + blocks[name].group["lr"] ** 2 * change
+    clip = (kl_clip / inner.clamp_min(torch.finfo(inner.dtype).tiny)).sqrt().clamp_max(1)
+    return {name: natural * clip.to(natural) for name, natural in naturals.items()}
+
+
+def within_rms(naturals: Mapping[str, Tensor], blocks: Mapping[str, Block]) -> dict[str, Tensor]:
+    """Each block's natural gradient times ``min(1, (1 − momentum) rms_clip / rms(u))``.
+
+    The sum that momentum makes of such has a root mean square of at most ``rms_clip``. One that is
+    too large for its square to be a number becomes zero.
+    """
+    result = dict(naturals)
+    for name, natural in naturals.items():
+        group = blocks[name].group
+        if group["rms_clip"] is None:
+            continue
+        limit = (1 - group["momentum"]) * group["rms_clip"] * math.sqrt(natural.numel())
+        clip = (limit / torch.linalg.vector_norm(natural)).clamp_max(1)
+        result[name] = torch.where(clip > 0, natural * clip, 0)
+    return result
 
 
 def step_along(

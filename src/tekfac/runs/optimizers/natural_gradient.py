@@ -32,6 +32,10 @@ NATURAL_GRADIENT: Values = {
 }
 
 
+# Of the optimizers' own defaults, those that are not the paper's.
+PAPER: Values = {"power": 1.0, "rms_clip": None}
+
+
 def _natural_gradient(
     optimizer: Callable[..., Optimizer],
 ) -> Callable[[nn.Module, Values, torch.Generator], Optimizer]:
@@ -43,7 +47,7 @@ def _natural_gradient(
                 options["damping"] = rule(options.pop(setting))
         if options["fisher"] == "mc":
             options["generator"] = generator
-        return optimizer(network, **options)
+        return optimizer(network, **PAPER, **options)
 
     return build
 
