@@ -687,7 +687,7 @@ def test_sequence_models_train(kind: type[nn.Module], method: str) -> None:
     model = kind()
     before = copy.deepcopy(model)
     optimizer = getattr(tekfac, method)(
-        model, lr=0.01, likelihood=tekfac.Categorical(dim=-1), first_order=tekfac.Adam(lr=0.03)
+        model, lr=0.03, likelihood=tekfac.Categorical(dim=-1), first_order=tekfac.Adam(lr=0.03)
     )
     losses = []
     with warnings.catch_warnings(record=True) as caught:

@@ -25,6 +25,8 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor] | None:
     """
     if not bool(torch.isfinite(matrix).all()):
         return None
+    if matrix.shape[-1] == 1:
+        return matrix[..., 0].clamp_min(0), torch.ones_like(matrix)
     symmetric = (matrix + matrix.mT) / 2
     size = symmetric.abs().amax(dim=(-2, -1), keepdim=True)
     size = torch.where(size > 0, size, torch.ones_like(size))
