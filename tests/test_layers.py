@@ -416,8 +416,8 @@ def first_order(optimizer: tekfac.NaturalGradient) -> set[str]:
     named = dict(optimizer.model.named_parameters())
     assert set(treatment) == set(named)
     left = {name for name, words in treatment.items() if words.startswith("first order")}
-    grouped = {p for g in optimizer.param_groups if g.get("first_order") for p in g["params"]}
-    assert grouped == {named[name] for name in left}
+    averaged = {p for p, state in optimizer.state.items() if "exp_avg" in state}
+    assert averaged == {named[name] for name in left}
     for name in set(named) - left:
         assert any(block and f"'{block}'" in treatment[name] for block in optimizer.blocks), name
     return left

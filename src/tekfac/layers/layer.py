@@ -86,6 +86,11 @@ class Layer(ABC):
         self.bias = None
         self._measure()
 
+    def resemble(self, shape: tuple[int, int], parameters: int) -> None:
+        """Be as a layer with this matrix and so many parameters, if that is a matter of its use."""
+        if parameters == 1 and self.weight is not None and self.bias is not None:
+            self.without_bias()
+
     def matrix(self, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """Weight and bias (or their gradients) as ``(G, d_out, d_in)``; a missing one counts as 0.
 

@@ -31,6 +31,13 @@ class LinearLayer(Layer):
         self.transposed = not self.transposed
         self._measure()
 
+    def resemble(self, shape: tuple[int, int], parameters: int) -> None:
+        super().resemble(shape, parameters)
+        if shape != self.shape:
+            self.turn()
+            if shape != self.shape:
+                self.turn()
+
     def _measure(self) -> None:
         rows, columns = self.full.shape[0], self.full[0].numel()
         if self.transposed:

@@ -59,11 +59,7 @@ def adam_step(
     """
     if not params:
         return
-    for p in params:
-        if "exp_avg" not in state[p]:
-            state[p]["step"] = torch.tensor(0.0)
-            state[p]["exp_avg"] = torch.zeros_like(p)
-            state[p]["exp_avg_sq"] = torch.zeros_like(p)
+    adam_state(params, state)
     # torch takes a loop over the parameters on a CPU by default, a tenth as fast.
     on_cpu = all(p.device.type == "cpu" and p.is_floating_point() for p in params)
     fused: dict[str, Any] = {"fused": True} if on_cpu else {}
@@ -88,6 +84,15 @@ def adam_step(
         maximize=False,
         **fused,
     )
+
+
+def adam_state(params: Sequence[Tensor], state: Mapping[Tensor, dict[str, Any]]) -> None:
+    """Make the averages of parameters that have none."""
+    for p in params:
+        if "exp_avg" not in state[p]:
+            state[p]["step"] = torch.tensor(0.0)
+            state[p]["exp_avg"] = torch.zeros_like(p)
+            state[p]["exp_avg_sq"] = torch.zeros_like(p)
 
 
 def decay_weights(

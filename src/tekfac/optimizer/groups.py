@@ -1,4 +1,4 @@
-"""Parameter groups: those of layers with a curvature block, and those of the first-order rule."""
+"""Parameter groups: as the user made them, with settings of layers and of all other parameters."""
 
 from __future__ import annotations
 
@@ -38,42 +38,45 @@ def check_group(group: Mapping[str, Any], trace_damping: bool, method: str) -> N
     check_damping(group["damping"], trace_damping=trace_damping, method=method)
 
 
-def members_of(param_group: object) -> tuple[list[Any], dict[str, Any]]:
-    """A group's parameters, and its settings.
+def listed(param_group: object) -> dict[str, Any]:
+    """A user's group with a list in "params".
 
     Raises:
         TypeError: if it is no dict with "params".
     """
     if not isinstance(param_group, dict) or "params" not in param_group:
         raise TypeError(f"a parameter group is a dict with 'params', got {param_group!r}")
-    settings = dict(param_group)
-    members = settings.pop("params")
-    return [members] if isinstance(members, Tensor) else list(members), settings
+    members = param_group["params"]
+    members = [members] if isinstance(members, Tensor) else list(members)
+    return {**param_group, "params": members}
 
 
-def divided(
-    members: list[Any],
-    settings: Mapping[str, Any],
+def completed(
+    param_group: dict[str, Any],
+    defaults: Mapping[str, Any],
     assignment: Assignment,
     blocks: Mapping[str, Block],
-    first_order: Adam,
-) -> list[dict[str, Any]]:
-    """A user's group as one or two: layers' parameters, and all others with the first-order rule.
+    rule: Adam,
+) -> dict[str, Any]:
+    """A user's group with the first-order rule for those of its parameters that have no block.
+
+    A group holds both kinds of parameters, so that schedulers see the groups that the user made.
+    "lr" is that of the layers; the rule's moves in proportion, from "base_lr", where both are as
+    given. In a group without any layer "lr", "betas" and "eps" are the rule's.
 
     Args:
-        members: what is to be trained.
-        settings: what was given for it.
+        param_group: the user's, as `listed`.
+        defaults: settings where it says nothing.
         assignment: whose parameter is whose.
         blocks: those that there are already, by the layer's name.
-        first_order: the rule where ``settings`` says nothing else.
+        rule: the first-order rule where the group says nothing else.
 
     Raises:
         ValueError: for a parameter of a layer whose block covers only its other parameter.
     """
-    layers, others = [], []
-    for p in members:
+    layers = False
+    for p in (each[1] if isinstance(each, tuple) else each for each in param_group["params"]):
         if not (isinstance(p, nn.Parameter) and p in assignment.owner and p.requires_grad):
-            others.append(p)
             continue
         name = assignment.owner[p]
         if name in blocks and not any(p is own for own in blocks[name].layer.parameters):
@@ -82,19 +85,22 @@ def divided(
                 f"of shape {tuple(p.shape)}: make a new optimizer to change which of a "
                 "layer's parameters are trained"
             )
-        layers.append(p)
+        layers = True
+    group = dict(param_group)
     # In a mixed group "lr" is the layers': the two rules' step sizes are not alike.
-    shared = ("weight_decay",) if layers else ("lr", "betas", "eps", "weight_decay")
-    given = {key: settings[key] for key in shared if key in settings}
-    rule = asdict(replace(first_order, **given))
-    groups = []
-    if layers:
-        groups.append({"params": layers, **settings, "first_order": False})
-    if others:
-        groups.append({"params": others, **settings, **rule, "first_order": True})
-    return groups
+    shared = ("weight_decay",) if layers else ("lr", "weight_decay")
+    given = {key: group[key] for key in shared if key in group}
+    given |= {key: group.pop(key) for key in ("betas", "eps") if key in group}
+    group["first_order"] = asdict(replace(rule, **given))
+    if not layers:
+        group["lr"] = group["first_order"]["lr"]
+    group["base_lr"] = group.get("lr", defaults["lr"])
+    return group
 
 
-def curvature_groups(groups: list[dict[str, Any]]) -> dict[Tensor, dict[str, Any]]:
-    """The group of each parameter that curvature blocks train."""
-    return {p: group for group in groups if not group["first_order"] for p in group["params"]}
+def rule_of(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The first-order rule of a group as it is now, by the fields of `Adam`."""
+    rule = dict(group["first_order"])
+    if group["base_lr"]:
+        rule["lr"] = rule["lr"] * group["lr"] / group["base_lr"]
+    return rule

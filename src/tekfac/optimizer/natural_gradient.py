@@ -6,12 +6,11 @@ is due, and turns preconditioned gradients into steps.
 
 from __future__ import annotations
 
-import copy
 import inspect
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import reduce
 from types import MappingProxyType
 from typing import Any, ClassVar, TypedDict, overload
@@ -32,8 +31,8 @@ from tekfac.curvature.ranks import FEW, Rank
 from tekfac.layers import ConvLayer, Layer, assign
 from tekfac.optimizer import state
 from tekfac.optimizer.events import Events
-from tekfac.optimizer.first_order import Adam, adam_step
-from tekfac.optimizer.groups import check_group, curvature_groups, divided, members_of
+from tekfac.optimizer.first_order import Adam, adam_state, adam_step
+from tekfac.optimizer.groups import check_group, completed, listed, rule_of
 from tekfac.optimizer.intervals import (
     BASES,
     LONG,
@@ -44,7 +43,13 @@ from tekfac.optimizer.intervals import (
     last_due,
 )
 from tekfac.optimizer.schedule import Job, Schedule
-from tekfac.optimizer.update import Preconditioner, step_along, within_kl, within_rms
+from tekfac.optimizer.update import (
+    Preconditioner,
+    momentum_state,
+    step_along,
+    within_kl,
+    within_rms,
+)
 from tekfac.verdict import YES, Verdict
 
 # How tables are read: a matrix that is one, and nobody multiplies, is nothing to be warned of.
@@ -273,6 +278,7 @@ class NaturalGradient(torch.optim.Optimizer):
         self._position = 0
         self._schedule = Schedule()
         self._blocks: dict[str, Block] = {}
+        self._frozen: set[Tensor] = set()
         self._preconditioner = Preconditioner()
         self._capture: Capture | None = None
         defaults = {
@@ -399,22 +405,27 @@ class NaturalGradient(torch.optim.Optimizer):
         """
         if self._blocks:
             self._open()
-        members, settings = members_of(param_group)
+        param_group = listed(param_group)
+        settings = {key: value for key, value in param_group.items() if key != "params"}
         check_group({**self.defaults, **settings}, self.make_block.trace_damping, self._method)
-        groups = divided(members, settings, self._assignment, self._blocks, self.first_order)
         before = len(self.param_groups)
-        try:
-            for group in groups:
-                super().add_param_group(group)
-        except (TypeError, ValueError):
-            del self.param_groups[before:]  # not one half without the other
-            raise
-        if self._blocks and not all(group["first_order"] for group in groups):
+        super().add_param_group(
+            completed(
+                param_group,
+                self.defaults,
+                self._assignment,
+                self._blocks,
+                self.first_order,
+            )
+        )
+        added = self.param_groups[before]["params"]
+        self._frozen.update(p for p in added if not p.requires_grad)
+        if self._blocks and any(p in self._assignment.owner for p in added):
             self._build_blocks()
 
     def _build_blocks(self) -> None:
         """Make the blocks of all layers in the curvature groups, and listen to them."""
-        group_of = curvature_groups(self.param_groups)
+        group_of = self._group_of()
         layers: dict[str, Layer] = {}
         for name, candidate in self._assignment.candidates.items():
             weight, bias = candidate.weight, candidate.bias
@@ -431,6 +442,15 @@ class NaturalGradient(torch.optim.Optimizer):
             group = group_of[layer.parameters[0]]
             self._blocks[name] = self.make_block(layer, group, rank, self.storage)
         self._listen()
+
+    def _group_of(self) -> dict[Tensor, dict[str, Any]]:
+        """The group of each parameter that may be covered by a block."""
+        return {
+            p: group
+            for group in self.param_groups
+            for p in group["params"]
+            if p in self._assignment.owner and p not in self._frozen
+        }
 
     def _listen(self) -> None:
         """Put the hooks on the model, in place of those there may be."""
@@ -476,6 +496,9 @@ class NaturalGradient(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         capture = self._open()
+        if capture.passes == 0 and all(group["lr"] == 0 for group in self.param_groups):
+            self._initialise()
+            return loss
         wanted = YES
         finite = self._finite()
         if finite is not None and self._leaves_open():
@@ -502,6 +525,14 @@ class NaturalGradient(torch.optim.Optimizer):
         self._position += 1
         self._set_due()
         return loss
+
+    def _initialise(self) -> None:
+        """Make the state that a step would, as torch.distributed.checkpoint has it made."""
+        covered = {p for block in self._blocks.values() for p in block.layer.parameters}
+        for group in self.param_groups:
+            adam_state([p for p in group["params"] if p not in covered], self.state)
+            if group["momentum"]:
+                momentum_state([p for p in group["params"] if p in covered], self.state)
 
     def _leaves_open(self) -> bool:
         """Whether the device decides by itself what the coming step skips.
@@ -708,15 +739,10 @@ class NaturalGradient(torch.optim.Optimizer):
             directions |= {p: part.to(p.dtype) for p, part in parts if p.grad is not None}
         for group in self.param_groups:
             ready = [p for p in group["params"] if p.grad is not None]
-            if group["first_order"]:
-                adam_step(ready, self.state, group, wanted)
-                continue
             own = {p: directions[p] for p in ready if p in directions}
             step_along(own, self.state, group, wanted)
-            # Schedulers move the group's rate; the other rule's moves along.
-            rule = asdict(self.first_order)
-            rule["lr"] *= group["lr"] / group["initial_lr"] if group.get("initial_lr") else 1
-            adam_step([p for p in ready if p not in directions], self.state, rule, wanted)
+            others = [p for p in ready if p not in directions]
+            adam_step(others, self.state, rule_of(group), wanted)
 
     # -- state -------------------------------------------------------------------------------------
 
@@ -743,7 +769,12 @@ class NaturalGradient(torch.optim.Optimizer):
             },
         }
         if isinstance(self.fisher, SampledFisher):
-            packed["tekfac"]["generator"] = self.fisher.generator.get_state()
+            # As text: it is no tensor that anybody should move, cast or shard.
+            state_of = bytes(self.fisher.generator.get_state().tolist())
+            packed["tekfac"]["generator"] = state_of.hex()
+        if packed["param_groups"]:
+            # Where torch.distributed.checkpoint, which knows of nothing else, takes it along.
+            packed["param_groups"][0]["tekfac"] = packed["tekfac"]
         return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -756,23 +787,28 @@ class NaturalGradient(torch.optim.Optimizer):
             ValueError: if it is of another method, another architecture or no state of this
                 package.
         """
-        state.check_fits(state_dict, self._method, self.param_groups, self._blocks)
-        packed = copy.deepcopy(state_dict)  # torch would share the tensors with the other optimizer
+        # A copy: torch would share the tensors with the other optimizer.
+        packed = state.normal_form(state_dict, self.param_groups, self._blocks)
         own = packed.pop("tekfac")
+        state.check_fits(packed, own, self._method, self.param_groups, self._blocks)
         learnt = state.take_blocks(packed)
         super().load_state_dict(packed)
-        index, group_of = state.index_of(self.param_groups), curvature_groups(self.param_groups)
+        index, group_of = state.index_of(self.param_groups), self._group_of()
         for block in self._blocks.values():
             first = block.layer.parameters[0]
             block.group = group_of[first]
-            block.load_state_dict(learnt[index[first]])
+            if own["blocks"].get(block.name) is not None:  # not there in older states
+                block.load_state_dict(learnt[index[first]])
         for name, value in own["settings"].items():
             setattr(self, name, value)
         self._events.load(own["counters"])
         self._position = own.get("position", own["counters"]["steps"])  # not there in older states
         self._schedule = self._scheduled(own.get("schedule"))
         if isinstance(self.fisher, SampledFisher) and "generator" in own:
-            self.fisher.generator.set_state(own["generator"].cpu())
+            saved = own["generator"]
+            if isinstance(saved, str):  # in older states a tensor
+                saved = torch.tensor(list(bytes.fromhex(saved)), dtype=torch.uint8)
+            self.fisher.generator.set_state(saved.cpu())
         self._update_fc_scale()
         self._set_due()
 

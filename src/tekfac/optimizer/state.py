@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -62,24 +63,109 @@ def take_blocks(packed: dict[str, Any]) -> dict[int, dict[str, Tensor]]:
     return learnt
 
 
-def check_fits(state_dict: dict[str, Any], method: str, groups: Groups, blocks: Blocks) -> None:
-    """Raise unless a state is one of this method, these parameter groups and these blocks.
+def normal_form(state_dict: dict[str, Any], groups: Groups, blocks: Blocks) -> dict[str, Any]:
+    """A copy of a state with parameters by number and the package's own entry at its top.
+
+    A state may come with parameters by name, from torch.distributed.checkpoint, or from versions in
+    which layers' parameters and all others had groups of their own.
 
     Raises:
-        ValueError: naming what differs.
+        ValueError: if it is no state of this package.
     """
-    own = state_dict.get("tekfac")
+    packed = copy.deepcopy(state_dict)
+    inner = [group.pop("tekfac") for group in packed["param_groups"] if "tekfac" in group]
+    own = packed.get("tekfac", inner[0] if inner else None)
     if own is None:
         raise ValueError(
             "this state dict was not made by a tekfac optimizer: it has no entry 'tekfac', "
             f"only {sorted(state_dict)}"
         )
+    packed["tekfac"] = own
+    if any(isinstance(group.get("first_order"), bool) for group in packed["param_groups"]):
+        _join_groups(packed, groups, blocks)
+    keys = [key for group in packed["param_groups"] for key in group["params"]]
+    if any(isinstance(key, str) for key in keys):
+        number = {key: i for i, key in enumerate(keys)}
+        packed["state"] = {number[key]: values for key, values in packed["state"].items()}
+        for group in packed["param_groups"]:
+            group["params"] = [number[key] for key in group["params"]]
+    return packed
+
+
+def _join_groups(packed: dict[str, Any], groups: Groups, blocks: Blocks) -> None:
+    """Make one group of the two that versions before 0.1 made of a group with both kinds."""
+    theirs = list(packed["param_groups"])
+    layout = packed["tekfac"]["blocks"]
+    # What a number meant: known for layers by the layer's name, and for the rest by their order.
+    known = {
+        number: p
+        for name, each in layout.items()
+        if name in blocks
+        for number, p in zip(each["parameters"], blocks[name].layer.parameters, strict=False)
+    }
+    joined, places = [], {}
+    index = index_of(groups)
+    for group in groups:
+        parts = [theirs.pop(0)] if theirs else []
+        if theirs and sum(len(p["params"]) for p in [*parts, theirs[0]]) <= len(group["params"]):
+            parts.append(theirs.pop(0))
+        covered = {known[n] for part in parts for n in part["params"] if n in known}
+        rest = iter([p for p in group["params"] if p not in covered])
+        for part in parts:
+            for number in part["params"]:
+                p = known[number] if number in known else next(rest, None)
+                if p is not None:
+                    places[number] = index[p]
+        whole = dict(parts[0]) if parts else {}
+        rule = next((part for part in parts if part["first_order"]), None)
+        whole["first_order"] = dict(group["first_order"])
+        if rule is not None:
+            whole["first_order"] |= {k: rule[k] for k in group["first_order"] if k in rule}
+        for key in ("betas", "eps"):
+            whole.pop(key, None)
+        whole["base_lr"] = whole.get("initial_lr", whole.get("lr"))
+        whole["params"] = [index[p] for p in group["params"]]
+        joined.append({**{k: v for k, v in group.items() if k not in whole}, **whole})
+    packed["param_groups"] = joined
+    packed["state"] = {places[n]: v for n, v in packed["state"].items() if n in places}
+    for each in layout.values():
+        each["parameters"] = [places[n] for n in each["parameters"] if n in places]
+    # Layers that were not known to those versions have nothing to load.
+    for name in blocks:
+        layout.setdefault(name, None)
+
+
+def check_fits(
+    packed: dict[str, Any], own: dict[str, Any], method: str, groups: Groups, blocks: Blocks
+) -> None:
+    """Raise unless a state is one of this method, these parameter groups and these blocks.
+
+    Layers that have not been used yet are made to fit how they were used there.
+
+    Args:
+        packed: the state as of `normal_form`.
+        own: the package's own entry of it.
+        method: the method's name.
+        groups: the optimizer's parameter groups.
+        blocks: the optimizer's blocks, by name.
+
+    Raises:
+        ValueError: naming what differs.
+    """
     if own["method"] != method:
         raise ValueError(f"this is a state of {own['method']}, not of {method}")
-    layout = layout_of(groups, blocks)
+    saved = {name: each for name, each in own["blocks"].items() if each is not None}
+    for name, each in saved.items():
+        if name in blocks and blocks[name].empty:
+            blocks[name].layer.resemble(tuple(each["shape"]), len(each["parameters"]))
+    layout = {
+        name: each
+        for name, each in layout_of(groups, blocks).items()
+        if own["blocks"].get(name, each) is not None
+    }
     theirs, ours = (
         {name: tuple(each["shape"]) for name, each in layouts.items()}
-        for layouts in (own["blocks"], layout)
+        for layouts in (saved, layout)
     )
     if theirs != ours:
         name = next(n for n in {**ours, **theirs} if ours.get(n) != theirs.get(n))
@@ -87,23 +173,21 @@ def check_fits(state_dict: dict[str, Any], method: str, groups: Groups, blocks: 
             f"this state is of another architecture: layer {name!r} has a block of shape "
             f"{theirs.get(name, 'none')} there, {ours.get(name, 'none')} here"
         )
-    sizes = [
-        [len(group["params"]) for group in each] for each in (state_dict["param_groups"], groups)
-    ]
+    sizes = [[len(group["params"]) for group in each] for each in (packed["param_groups"], groups)]
     if sizes[0] != sizes[1]:
         raise ValueError(
             f"this state has parameter groups of {sizes[0]} parameters, this optimizer of "
             f"{sizes[1]}"
         )
     for name, here in layout.items():
-        if own["blocks"][name] != here:
+        if saved[name] != here:
             raise ValueError(
                 f"this state has its parameters in another order: those of layer {name!r} are "
-                f"numbers {own['blocks'][name]['parameters']} there, {here['parameters']} "
+                f"numbers {saved[name]['parameters']} there, {here['parameters']} "
                 "here; make the parameter groups in the same way"
             )
     parameters = {i: p for p, i in index_of(groups).items()}
-    for key, values in state_dict["state"].items():
+    for key, values in packed["state"].items():
         for name in ("momentum_buffer", "exp_avg"):
             if name in values and values[name].shape != parameters[key].shape:
                 raise ValueError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -99,9 +99,7 @@ def step_along(
     params = list(directions)
     steps = _zero_unless(wanted, list(directions.values()))
     if group["momentum"]:
-        for p in params:
-            if "momentum_buffer" not in state[p]:
-                state[p]["momentum_buffer"] = torch.zeros_like(p)
+        momentum_state(params, state)
         buffers = [state[p]["momentum_buffer"] for p in params]
         multiply(buffers, group["momentum"], wanted)
         torch._foreach_add_(buffers, steps)
@@ -112,6 +110,13 @@ def step_along(
         steps = _zero_unless(wanted, steps)
     decay_weights(params, group, wanted)
     torch._foreach_add_(params, steps, alpha=-float(group["lr"]))
+
+
+def momentum_state(params: Sequence[Tensor], state: Mapping[Tensor, dict[str, Any]]) -> None:
+    """Make the ``v`` of parameters that have none."""
+    for p in params:
+        if "momentum_buffer" not in state[p]:
+            state[p]["momentum_buffer"] = torch.zeros_like(p)
 
 
 def _zero_unless(wanted: Verdict, tensors: list[Tensor]) -> list[Tensor]:
