@@ -62,7 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             torch.set_num_threads(1)
             warnings.simplefilter("ignore", RuntimeWarning)  # of steps on the way to divergence
             plan.work(_tell)
-        report.write(plan, options.report)
+        # Processes that shared the work are done with it at the same time.
+        with plan.runs.alone():
+            report.write(plan, options.report)
     except InputError as error:
         parser.error(str(error))
     print(f"report: {options.report / 'gauntlet.md'}")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from matplotlib import colormaps
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.gauntlet.runner import Point
@@ -40,5 +42,11 @@ def curves_figure(
         # What is far above the start is on its way back from a jump, and would flatten the rest.
         start = max((points[0].loss for points in of_task.values() if points), default=1.0)
         by_steps.set_ylim(top=min(by_steps.get_ylim()[1], 1.5 * start))
-        by_seconds.legend(fontsize="x-small", loc="upper right")
+    figure.legend(*_legend(grid.flat), loc="outside upper center", ncols=5, fontsize="small")
     return figure
+
+
+def _legend(panels: Iterable[Axes]) -> tuple[list[Artist], list[str]]:
+    """A line for each label: not every panel has all of them."""
+    lines = {line.get_label(): line for axes in panels for line in axes.get_lines()}
+    return list(lines.values()), list(lines)

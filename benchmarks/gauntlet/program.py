@@ -14,11 +14,9 @@ from tekfac.experiments.networks import build as build_network
 from tekfac.experiments.optimizers import DAMPING_RULES
 from tekfac.experiments.optimizers import build as build_optimizer
 from tekfac.experiments.optimizers import resolve as resolve_settings
-from tekfac.experiments.plots import COLOURS
 from tekfac.experiments.schedules import Schedule
 
 __all__ = [
-    "COLOURS",
     "DAMPING_RULES",
     "Dataset",
     "Diverged",

@@ -240,7 +240,8 @@ def _loss(outcome: Outcome) -> str:
         return NONE
     if outcome.diverged:
         return f"{outcome.diverged} of {len(outcome.results)} diverged"
-    return f"{outcome.loss:.4g} ± {outcome.deviation:.2g}"
+    deviation = f" ± {outcome.deviation:.2g}" if len(outcome.results) > 1 else ""
+    return f"{outcome.loss:.4g}{deviation}"
 
 
 def _grids(plan: Plan) -> str:

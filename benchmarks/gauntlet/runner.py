@@ -180,7 +180,7 @@ class Runs:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "gauntlet.json"
-        with FileLock(folder / ".lock"):
+        with self.alone():
             if not path.exists():
                 write_text(path, json.dumps(identity, indent=2) + "\n")
         if (found := json.loads(path.read_text())) != identity:
@@ -188,6 +188,10 @@ class Runs:
                 f"{folder} holds runs of {found}, not of {identity}: give another --out"
             )
         self._read: dict[Path, Result] = {}
+
+    def alone(self) -> FileLock:
+        """A lock that one process has at a time, for what isn't a run."""
+        return FileLock(self.folder / ".lock")
 
     def result(self, job: Job) -> Result | None:
         """A run's result, None if it is not there yet."""
