@@ -24,7 +24,7 @@ def curves_figure(
         titles: by task.
     """
     labels = list(dict.fromkeys(label for of_task in curves.values() for label in of_task))
-    colours = dict(zip(labels, colormaps["tab10"].colors, strict=False))
+    colours = dict(zip(labels, colormaps["tab10"](range(len(labels))), strict=True))
     figure = Figure(figsize=(11, 3.4 * len(curves)), dpi=DPI, layout="constrained")
     grid = figure.subplots(len(curves), 2, sharey="row", squeeze=False)
     for (task, of_task), (by_steps, by_seconds) in zip(curves.items(), grid, strict=True):
@@ -48,5 +48,5 @@ def curves_figure(
 
 def _legend(panels: Iterable[Axes]) -> tuple[list[Artist], list[str]]:
     """A line for each label: not every panel has all of them."""
-    lines = {line.get_label(): line for axes in panels for line in axes.get_lines()}
+    lines = {str(line.get_label()): line for axes in panels for line in axes.get_lines()}
     return list(lines.values()), list(lines)

@@ -45,7 +45,7 @@ def _from_program(name: str, fixed: Settings) -> Callable[[nn.Module, Task, Sett
 
 def _shampoo(network: nn.Module, task: Task, settings: Settings) -> Optimizer:
     import pytorch_optimizer
-    from pytorch_optimizer.optimizer.shampoo import LayerWiseGrafting
+    from pytorch_optimizer.optimizer.utils.graft import LayerWiseGrafting
 
     return pytorch_optimizer.ScalableShampoo(
         network.parameters(),

@@ -26,6 +26,8 @@ SCHEDULE = Schedule("cosine", warmup=0.05)
 EVALUATIONS = 20
 EVALUATION_BATCH = 250
 
+Status = Literal["done", "diverged"]
+
 
 def words(settings: Settings) -> str:
     """Settings as a table or a file's name shows them."""
@@ -91,7 +93,7 @@ class Result:
         elapsed: seconds of the whole run, evaluation included.
     """
 
-    status: Literal["done", "diverged"]
+    status: Status
     message: str
     points: list[Point]
     elapsed: float
@@ -116,7 +118,7 @@ def trained(task: Task, job: Job) -> Result:
     evaluations = EVALUATIONS if job.part == "final" else 1
     due = {round(job.steps * number / evaluations) for number in range(evaluations + 1)}
     points = [Point(0, *evaluate(network, task, held_out), 0.0, 0.0)]
-    status, message = "done", ""
+    message = ""
     seconds = processor_seconds = 0.0
     try:
         for step in range(1, job.steps + 1):
@@ -131,7 +133,8 @@ def trained(task: Task, job: Job) -> Result:
                     raise Diverged(f"the held-out loss was {loss} after step {step}")
                 points.append(Point(step, loss, score, seconds, processor_seconds))
     except Diverged as error:
-        status, message = "diverged", str(error)
+        message = str(error)
+    status: Status = "diverged" if message else "done"
     return Result(status, message, points, time.perf_counter() - begun)
 
 

@@ -80,7 +80,7 @@ def finetuning(sources: Sources, fraction: float) -> Task:
         f"others, batch {batch}",
         data=sources.words("cifar10"),
         steps=shrunk(300, fraction),
-        seconds=45,
+        seconds=40,
         network=network,
         batches=batches,
         held_out=examples,
@@ -110,7 +110,8 @@ def _half(data: Dataset, old: bool) -> Dataset:
 
 def _head(network: nn.Module) -> str:
     """The prefix of the last layer's parameters."""
-    return [name for name, _ in network.named_modules()][-1] + "."
+    *_, (name, _module) = network.named_modules()
+    return f"{name}."
 
 
 def _pretrain(path: Path, data: Dataset, width: int, fraction: float) -> None:

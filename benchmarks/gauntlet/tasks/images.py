@@ -50,7 +50,7 @@ def resnet20(sources: Sources, fraction: float) -> Task:
         "resnet20",
         f"ResNet20 of width {width}",
         250,
-        60,
+        65,
         lambda: build_network("resnet20", SHAPES["cifar10"], CLASSES, width),
         sources,
         fraction,

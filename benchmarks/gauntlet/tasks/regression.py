@@ -48,7 +48,7 @@ def regression(sources: Sources, fraction: float) -> Task:
         title=f"MLP 2-{width}-{width}-{width}-1, tanh, full batch of {points}",
         data=f"a plucked string's damped wave equation, {HARMONICS} harmonics, no noise",
         steps=shrunk(5000, fraction),
-        seconds=45,
+        seconds=30,
         network=network,
         batches=batches,
         held_out=held_out,

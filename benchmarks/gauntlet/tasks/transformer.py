@@ -16,8 +16,9 @@ class Attention(nn.Module):
         self.output = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        per_head = self.inputs(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(*per_head, is_causal=self.causal)
+        per_head = self.inputs(x).unflatten(-1, (3, self.heads, -1)).transpose(1, 3)
+        query, key, value = per_head.unbind(2)
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
         return self.output(mixed.transpose(1, 2).flatten(2))
 
 
