@@ -154,7 +154,9 @@ CONTENDERS: dict[str, Contender] = {
 # Where a grid does not fit: task and optimizer.
 TASK_GRIDS: dict[tuple[str, str], Sequence[Settings]] = {
     # The loss is a sum over 784 pixels.
-    ("autoencoder", "sgd"): grid(lr=(3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)),
+    ("autoencoder", "sgd"): grid(lr=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)),
+    # Full batches bear long steps.
+    ("regression", "adamw"): grid(lr=(1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)),
     # Steps that the pretrained weights survive.
     ("finetuning", "sgd"): grid(lr=(3e-3, 0.01, 0.03, 0.06, 0.12, 0.25)),
 }

@@ -19,9 +19,10 @@ CODE = 30
 
 
 def autoencoder(sources: Sources, fraction: float) -> Task:
-    """784-1000-500-250-30 and back, ReLU, Glorot's initialisation; cross-entropy summed over pixels."""
-    hidden = [shrunk(width, fraction) for width in HIDDEN]
-    widths = [PIXELS, *hidden, shrunk(CODE, fraction), *reversed(hidden), PIXELS]
+    """784-1000-500-250-30 and back, ReLU; cross-entropy summed over pixels."""
+    # Not down to a unit or two, whose ReLU may be dead.
+    *hidden, code = (shrunk(width, fraction, multiple=5) for width in (*HIDDEN, CODE))
+    widths = [PIXELS, *hidden, code, *reversed(hidden), PIXELS]
     batch = shrunk(256, fraction)
     held_out = shrunk(HELD_OUT, fraction)
 
