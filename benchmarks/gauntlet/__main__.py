@@ -17,11 +17,11 @@ import torch
 
 from benchmarks.gauntlet import report
 from benchmarks.gauntlet.optimizers import CONTENDERS, TRIALS
-from benchmarks.gauntlet.program import InputError
 from benchmarks.gauntlet.runner import Job, Result, Runs, words
 from benchmarks.gauntlet.search import Plan
 from benchmarks.gauntlet.sources import SHAPES, Sources
 from benchmarks.gauntlet.tasks import TASKS
+from tekfac.errors import InputError
 
 SEEDS = 3
 

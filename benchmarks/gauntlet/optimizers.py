@@ -14,8 +14,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 import tekfac
-from benchmarks.gauntlet.program import DAMPING_RULES, build_optimizer, resolve_settings
 from benchmarks.gauntlet.tasks.task import Task
+from tekfac.runs import optimizers
+from tekfac.runs.optimizers.natural_gradient import DAMPING_RULES
 
 Settings = Mapping[str, Any]
 
@@ -35,10 +36,10 @@ def _adamw(network: nn.Module, task: Task, settings: Settings) -> Optimizer:
     return torch.optim.AdamW(network.parameters(), weight_decay=0.01, fused=True, **settings)
 
 
-def _from_program(name: str, fixed: Settings) -> Callable[[nn.Module, Task, Settings], Optimizer]:
+def _registered(name: str, fixed: Settings) -> Callable[[nn.Module, Task, Settings], Optimizer]:
     def build(network: nn.Module, task: Task, settings: Settings) -> Optimizer:
-        complete = resolve_settings(name, {**fixed, **settings})
-        return build_optimizer(name, network, complete, torch.Generator())
+        complete = optimizers.resolve(name, {**fixed, **settings})
+        return optimizers.build(name, network, complete, torch.Generator())
 
     return build
 
@@ -123,14 +124,14 @@ CONTENDERS: dict[str, Contender] = {
     ),
     "muon": Contender(
         "Muon",
-        _from_program("muon", {"momentum": 0.95, "weight_decay": 0.01}),
+        _registered("muon", {"momentum": 0.95, "weight_decay": 0.01}),
         grid(lr=(5e-3, 2e-2, 6e-2), first_order_lr=(1e-3, 4e-3)),
         cost=1.2,
         fixed="momentum 0.95, weight decay 0.01; the last layer, embeddings and vectors by AdamW",
     ),
     "soap": Contender(
         "SOAP",
-        _from_program("soap", {"precondition_frequency": REFRESH_EVERY}),
+        _registered("soap", {"precondition_frequency": REFRESH_EVERY}),
         grid(lr=(3e-3, 1e-2, 3e-2), weight_decay=(0.01, 0.3)),
         cost=2.0,
         fixed=f"betas 0.9 and 0.95, a refresh every {REFRESH_EVERY} steps",

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from benchmarks.gauntlet.curves import curves_figure
 from benchmarks.gauntlet.optimizers import CONTENDERS
-from benchmarks.gauntlet.program import markdown, write_csv, write_figure, write_text
 from benchmarks.gauntlet.runner import EVALUATIONS, Point, Result, words
 from benchmarks.gauntlet.search import Choice, Plan
 from benchmarks.gauntlet.tasks.task import Task
+from tekfac.runs.files import markdown, write_csv, write_figure, write_text
 
 CURVATURE = ("kfac", "ekfac", "tkfac", "tekfac", "tekfac-defaults")
 CSV_HEADER = (

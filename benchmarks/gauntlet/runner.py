@@ -18,8 +18,10 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from benchmarks.gauntlet.optimizers import Settings, build
-from benchmarks.gauntlet.program import Diverged, InputError, Schedule, write_text
 from benchmarks.gauntlet.tasks.task import Batch, Part, Task
+from tekfac.errors import Diverged, InputError
+from tekfac.runs.files import write_text
+from tekfac.runs.schedules import Schedule
 
 # The same for every optimizer and task.
 SCHEDULE = Schedule("cosine", warmup=0.05)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.gauntlet.program import Dataset, InputError, canonical_source, load, source_name
+from tekfac.data import Dataset, canonical_source, load, source_name
+from tekfac.errors import InputError
 
 SHAPES = {"mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
 FALLBACK = "digits"

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.gauntlet.program import Dataset
 from benchmarks.gauntlet.sources import Sources
 from benchmarks.gauntlet.tasks.task import HELD_OUT, Batch, Part, Task, shrunk, shuffled
+from tekfac.data import Dataset
 
 PIXELS = 784
 HIDDEN = (1000, 500, 250)

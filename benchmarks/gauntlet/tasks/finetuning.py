@@ -11,13 +11,6 @@ import torch
 from filelock import FileLock
 from torch import Tensor, nn
 
-from benchmarks.gauntlet.program import (
-    Dataset,
-    Schedule,
-    build_network,
-    crop_and_flip,
-    write_atomically,
-)
 from benchmarks.gauntlet.sources import SHAPES, Sources
 from benchmarks.gauntlet.tasks.task import (
     HELD_OUT,
@@ -29,6 +22,11 @@ from benchmarks.gauntlet.tasks.task import (
     shrunk,
     shuffled,
 )
+from tekfac import networks
+from tekfac.data import Dataset
+from tekfac.data.augmentation import crop_and_flip
+from tekfac.runs.files import write_atomically
+from tekfac.runs.schedules import Schedule
 
 OLD_CLASSES = 5
 IMAGES = 1000
@@ -49,7 +47,7 @@ def finetuning(sources: Sources, fraction: float) -> Task:
         return _half(sources.dataset("cifar10"), old)
 
     def network() -> nn.Module:
-        net = build_network("resnet20", SHAPES["cifar10"], OLD_CLASSES, width)
+        net = networks.build("resnet20", SHAPES["cifar10"], OLD_CLASSES, width)
         # The last layer keeps its fresh weights: its classes are others now.
         fresh = {name: p for name, p in net.state_dict().items() if name.startswith(_head(net))}
         path = sources.cache / f"pretrained-{width}.pt"
@@ -120,7 +118,7 @@ def _pretrain(path: Path, data: Dataset, width: int, fraction: float) -> None:
     generator = torch.Generator().manual_seed(0)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        network = build_network("resnet20", SHAPES["cifar10"], OLD_CLASSES, width)
+        network = networks.build("resnet20", SHAPES["cifar10"], OLD_CLASSES, width)
     optimizer = torch.optim.SGD(network.parameters(), 0.1, momentum=0.9, weight_decay=5e-4)
     factor = partial(Schedule("cosine", warmup=0.05).factor, steps_per_epoch=steps, epochs=1)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

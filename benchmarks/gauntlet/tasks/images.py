@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from benchmarks.gauntlet.program import Dataset, build_network
 from benchmarks.gauntlet.sources import SHAPES, Sources
 from benchmarks.gauntlet.tasks.task import (
     HELD_OUT,
@@ -20,6 +19,8 @@ from benchmarks.gauntlet.tasks.task import (
     shuffled,
 )
 from benchmarks.gauntlet.tasks.transformer import Block, initialise
+from tekfac import networks
+from tekfac.data import Dataset
 
 CLASSES = 10
 BATCH = 64
@@ -51,7 +52,7 @@ def resnet20(sources: Sources, fraction: float) -> Task:
         f"ResNet20 of width {width}",
         250,
         65,
-        lambda: build_network("resnet20", SHAPES["cifar10"], CLASSES, width),
+        lambda: networks.build("resnet20", SHAPES["cifar10"], CLASSES, width),
         sources,
         fraction,
     )
@@ -65,7 +66,7 @@ def vgg16(sources: Sources, fraction: float) -> Task:
         f"VGG16 of width {width}",
         600,
         50,
-        lambda: build_network("vgg16", SHAPES["cifar10"], CLASSES, width),
+        lambda: networks.build("vgg16", SHAPES["cifar10"], CLASSES, width),
         sources,
         fraction,
     )
