@@ -71,7 +71,7 @@ def _natural(
             options["damping"] = rule(options.pop(name))
     if "first_order_lr" in options:
         options["first_order"] = tekfac.Adam(lr=options.pop("first_order_lr"))
-    return method(network, likelihood=task.likelihood, **options)
+    return method(network, likelihood=task.likelihood, mean_over=task.mean_over, **options)
 
 
 def grid(**values: Sequence[Any]) -> list[dict[str, Any]]:

@@ -61,9 +61,9 @@ def test_two_optimizers_learn_a_batch(name: str, tmp_path: Path) -> None:
             optimizer.step()
             losses.append(loss.item())
         assert losses[-1] < losses[0], optimizer_name
-    assert not any(block.empty for block in optimizer.blocks.values()), (
-        "the likelihood fits the output"
-    )
+    # Positions are free parameters, which the first-order rule trains.
+    empty = {layer for layer, block in optimizer.blocks.items() if block.empty}
+    assert empty <= {"position"}, "the likelihood fits the output"
 
 
 @pytest.mark.parametrize("name", TASKS)

@@ -66,6 +66,7 @@ def autoencoder(sources: Sources, fraction: float) -> Task:
         score_name="squared error",
         score=_squared_error,
         likelihood="bernoulli",
+        mean_over="examples",
     )
 
 

@@ -40,7 +40,8 @@ class Task:
             runs are judged by.
         score_name: what `score` is, in words.
         score: a second figure, a mean over examples like the loss.
-        likelihood: what the output means, as ``tekfac.TEKFAC`` takes it.
+        likelihood, mean_over: what the output means, and what the loss is a mean over, as
+            ``tekfac.TEKFAC`` takes them.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Task:
     score_name: str
     score: Callable[[Tensor, Tensor], Tensor]
     likelihood: str | Likelihood
+    mean_over: str = "terms"
 
 
 class TaskFactory(Protocol):
