@@ -66,7 +66,7 @@ def _natural(
 ) -> Optimizer:
     # Of settings that are not given, the method's own defaults, not those tuned for the digits.
     options = dict(settings)
-    for name, rule in DAMPING_RULES.items():
+    for name, rule in {**DAMPING_RULES, "mean_damping": tekfac.MeanDamping}.items():
         if name in options:
             options["damping"] = rule(options.pop(name))
     if "first_order_lr" in options:
@@ -105,7 +105,7 @@ class Contender:
         return len(self.grid) > 1
 
 
-NATURAL_GRID = grid(lr=(1e-3, 3e-3, 1e-2), damping=(3e-3, 3e-2))
+NATURAL_GRID = grid(lr=(1e-3, 3e-3, 1e-2), power=(0.5, 1.0))
 
 CONTENDERS: dict[str, Contender] = {
     "sgd": Contender(
