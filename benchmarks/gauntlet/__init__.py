@@ -1,0 +1,1 @@
+"""Eight tasks that nobody tuned tekfac for, and ten optimizers with equal trials on each."""
