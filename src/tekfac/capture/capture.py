@@ -183,6 +183,9 @@ class Capture:
 
     def _before_model(self, module: nn.Module, args: Any) -> None:
         self._unfused.close()
+        if not torch.is_grad_enabled():
+            # Training pauses, or is over: compilers need not stand aside for what is evaluated.
+            stand_aside(self, False)
         if not self._looks():
             return
         for name, candidate in self.candidates.items():

@@ -14,7 +14,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from tekfac.layers import Layer, LinearLayer, Product, View, product_of
-from tekfac.layers.uses import ACCUMULATE
+from tekfac.layers.uses import ACCUMULATE, FLATTENS, SAME, SPLITS, TURNS
 
 # Backward passes of our own, now running in this process: hooks that they reach, of any optimizer,
 # are not to take them for the user's. Not thread-local: autograd runs hooks in its own threads.
@@ -22,6 +22,19 @@ _own_passes = 0
 
 # What stands between a product and the shape in which its result is used.
 VIEWS = {"ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0"}
+
+FORMS = (
+    SAME
+    | TURNS
+    | FLATTENS
+    | SPLITS.keys()
+    | {
+        "ExpandBackward0",
+        "PermuteBackward0",
+        "SelectBackward0",
+        "UnsqueezeBackward0",
+    }
+)
 
 REENTRANT = (
     "curvature can't be measured through reentrant activation checkpointing: call "
@@ -133,7 +146,8 @@ class Found:
     Attributes:
         uses: products with layers' weights.
         accumulators: the nodes that gather layers' parameters' gradients.
-        strange: for a layer, the name of a node that uses its weight in another way.
+        strange: for a layer, the name of a node that uses its weight in another way, and what
+            multiplies what that gives, if anything does.
         biases: layers whose bias was seen to be added to the product's own result.
         reentrant: whether there is a part that only runs in the backward pass.
         compiled: whether there is a part made by a compiler, which has no products to be seen.
@@ -177,6 +191,8 @@ def search(root: Node, owner: Mapping[nn.Parameter, str], layers: Mapping[str, L
     leads: dict[Node, tuple[int, ...]] = {}
     products: dict[Node, str] = {}
     added: list[tuple[Node, View, Node]] = []
+    # What takes a node's result, past nodes that only show it in another form.
+    consumers: dict[Node, str] = {}
     # Which nodes take a parameter, and which of them are known to be on the way to a product.
     takers: dict[nn.Parameter, set[Node]] = {}
     explained: dict[nn.Parameter, set[Node]] = {}
@@ -209,6 +225,7 @@ def search(root: Node, owner: Mapping[nn.Parameter, str], layers: Mapping[str, L
                         other = other.next_functions[0][0]
                     added.append((node, view, other))
         shape = tuple(node._input_metadata[0].shape) if kind in VIEWS else ()
+        consumer = consumers.get(node, "") if kind in FORMS else kind
         for child, _ in edges:
             if child is None:
                 continue
@@ -220,6 +237,7 @@ def search(root: Node, owner: Mapping[nn.Parameter, str], layers: Mapping[str, L
             elif child not in seen:
                 open_nodes.append(child)
             seen.add(child)
+            consumers.setdefault(child, consumer)
             if kind in VIEWS:
                 leads.setdefault(child, shape[:-1])
     for node, view, product in added:
@@ -234,8 +252,18 @@ def search(root: Node, owner: Mapping[nn.Parameter, str], layers: Mapping[str, L
             if parameter is layers[name].bias:
                 found.biases.discard(name)
             elif parameter is layers[name].weight:
-                found.strange[name] = min(other.name() for other in others)
+                found.strange[name] = min(
+                    f"{other.name()} before {consumers[other]}"
+                    if multiplies(consumers.get(other, ""))
+                    else other.name()
+                    for other in others
+                )
     return found
+
+
+def multiplies(kind: str) -> bool:
+    """Whether a node of this name is a product of matrices, known or not."""
+    return any(part in kind for part in ("mm", "Mm", "Mv", "mv", "Convolution", "Linear", "Rnn"))
 
 
 def _uses(

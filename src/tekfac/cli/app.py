@@ -8,6 +8,7 @@ import typer
 
 from tekfac.cli.compare import compare
 from tekfac.cli.console import show_warning
+from tekfac.cli.inspect import inspect
 from tekfac.cli.reproduce import reproduce
 from tekfac.cli.search import search
 from tekfac.cli.train import train
@@ -18,7 +19,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (train, compare, search, reproduce):
+for command in (train, compare, search, reproduce, inspect):
     app.command()(command)
 
 

@@ -224,19 +224,37 @@ class Block(ABC):
     def step_cost(self) -> int:
         """What the layer takes in every step, in multiplications (`tekfac.curvature.costs`)."""
         d_in, d_out = self.layer.d_in, self.layer.d_out
-        own = costs.preconditioning(d_in, d_out, *self._kept())
+        own = costs.preconditioning(d_in, d_out, *self.kept)
         return (self._work or self.work) + self.groups * own + costs.CALLS
 
     @property
     def refresh_cost(self) -> int:
         """What a new basis takes, in multiplications."""
         widths = self.layer.d_in, self.layer.d_out
-        sides = (costs.eigenvectors(d, k) for d, k in zip(widths, self._kept(), strict=True))
+        sides = (costs.eigenvectors(d, k) for d, k in zip(widths, self.kept, strict=True))
         return self.groups * sum(sides) + costs.CALLS
 
-    def _kept(self) -> tuple[int, int]:
+    @property
+    def kept(self) -> tuple[int, int]:
+        """How many eigenvectors the input side and the output side keep."""
         layer, factors = self.layer, self.factors
         return factors.input.kept(layer.d_in), factors.output.kept(layer.d_out)
+
+    @property
+    def state_bytes(self) -> int:
+        """What the block holds between steps, or will hold once it has a basis."""
+        widths = self.layer.d_in, self.layer.d_out
+        # A factor (or what of it is kept) and as large a basis, and a value for each column.
+        large = sum(2 * d * k for d, k in zip(widths, self.kept, strict=True))
+        values = [k + (k < d) for d, k in zip(widths, self.kept, strict=True)]
+        sizes = self._scales(*values) + large, sum(values)
+        return self.groups * (
+            sizes[0] * self.storage.itemsize + sizes[1] * self.layer.dtype.itemsize
+        )
+
+    def _scales(self, inputs: int, outputs: int) -> int:
+        """Entries of a rescaling that is no product of eigenvalues."""
+        return 0
 
     def observe(self, sample: Sample) -> None:
         """Take the statistics of one backward pass into the sums of the step."""
@@ -514,6 +532,9 @@ class CorrectedBlock(Block):
                 self._pending.append((part, read.dtype))
             else:
                 self._add_squares(part, read.dtype)
+
+    def _scales(self, inputs: int, outputs: int) -> int:
+        return inputs * outputs
 
     def discard(self) -> None:
         super().discard()

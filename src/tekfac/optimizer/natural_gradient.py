@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tekfac import verdict
 from tekfac.capture.capture import Capture
 from tekfac.capture.fisher import SampledFisher, make_fisher
-from tekfac.capture.graph import REENTRANT
+from tekfac.capture.graph import REENTRANT, multiplies
 from tekfac.capture.likelihoods import Likelihood, make_likelihoods
 from tekfac.capture.outputs import chosen_outputs, find_outputs
 from tekfac.checks import check_count, check_decay, check_positive
@@ -43,6 +43,7 @@ from tekfac.optimizer.intervals import (
     last_due,
 )
 from tekfac.optimizer.schedule import Job, Schedule
+from tekfac.optimizer.summary import Entry, Summary, treatment_of
 from tekfac.optimizer.update import (
     Preconditioner,
     momentum_state,
@@ -51,9 +52,6 @@ from tekfac.optimizer.update import (
     within_rms,
 )
 from tekfac.verdict import YES, Verdict
-
-# How tables are read: a matrix that is one, and nobody multiplies, is nothing to be warned of.
-LOOK_UPS = ("EmbeddingBackward0", "GatherBackward0", "IndexBackward0", "IndexSelectBackward0")
 
 
 class Common(TypedDict, total=False):
@@ -345,31 +343,53 @@ class NaturalGradient(torch.optim.Optimizer):
 
     def treatment(self) -> dict[str, str]:
         """How each parameter of the model is trained, in words, by the parameter's name."""
+        return {entry.name: entry.treatment for entry in self.summary().entries}
+
+    def summary(self) -> Summary:
+        """Every parameter: its block, that one's sizes and costs, or the first-order rule and why.
+
+        ``print(optimizer)`` shows it. Before the first step it tells what will be, as far as the
+        model's modules tell; whether a matrix is multiplied at all is seen when it is.
+        """
         covered = {p: block for block in self._blocks.values() for p in block.layer.parameters}
         trained = {p for group in self.param_groups for p in group["params"]}
         strange = {} if self._capture is None else self._capture.strange
-        result = {}
+        orders = {} if self._capture is None else self._capture.orders
+        entries = []
         for name, p in self.model.named_parameters():
+            block = covered.get(p)
             owner = self._assignment.owner.get(p)
-            if p in covered:
-                block = covered[p]
-                result[name] = f"{self._method} block {block.name!r}"
-                if block.name in strange:
-                    kind = strange[block.name]
-                    result[name] = f"first order: used by {kind}, which is no product known here"
-                elif block.empty:
-                    result[name] += " (first order until its curvature is measured)"
-            elif p not in trained:
-                result[name] = "not trained: " + (
-                    "frozen" if not p.requires_grad else "in no group"
+            order = None if block is None else orders.get(block.name)
+            words = treatment_of(
+                p,
+                self._method,
+                block,
+                p in trained,
+                owner if owner in self._blocks else None,
+                self._assignment.reasons.get(p, "frozen when added"),
+                strange,
+            )
+            entries.append(
+                Entry(
+                    name=name,
+                    shape=tuple(p.shape),
+                    treatment=words,
+                    block=block,
+                    measured=block is not None and not block.empty,
+                    leads=block is not None and p is block.layer.parameters[0],
+                    order="" if order is None else order.kind,
+                    refreshed=None if block is None else self._schedule.refreshed.get(block.name),
+                    own_bytes=sum(
+                        value.numel() * value.element_size()
+                        for value in self.state.get(p, {}).values()
+                        if isinstance(value, Tensor)
+                    ),
                 )
-            elif owner in self._blocks:
-                result[name] = f"first order: not added to what layer {owner!r} makes itself"
-            else:
-                result[name] = (
-                    f"first order: {self._assignment.reasons.get(p, 'frozen when added')}"
-                )
-        return result
+            )
+        return Summary(self._method, entries, self._events.counts["steps"])
+
+    def __str__(self) -> str:
+        return str(self.summary())
 
     def close(self) -> None:
         """Remove all hooks from the model; `step` then raises. Harmless when done twice.
@@ -659,7 +679,8 @@ class NaturalGradient(torch.optim.Optimizer):
             and not (block.silent or block.waiting)
             and block.name not in troubled
             and block.name not in capture.reached_layers
-            and capture.strange.get(block.name) not in LOOK_UPS
+            # A matrix that nobody multiplies (a table, positions) is no layer.
+            and multiplies(capture.strange.get(block.name, "mm"))
             and any(p.grad is not None for p in block.layer.parameters)
         ]
         if not missing:
