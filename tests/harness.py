@@ -65,7 +65,7 @@ class SideBySide:
     ) -> None:
         self.model, self.loss = model, loss
         self.draws = draws if fisher == "exact" else reference.empirical(loss)
-        unbounded = {"power": 1.0, "rms_clip": None}
+        unbounded = {"power": 1.0, "rms_clip": None, "nesterov": False}
         options = {"lr": 0.5, "damping": 1e-2, "momentum": 0.0, **unbounded, **options}
         self.slow = reference.Optimizer(copy.deepcopy(twin or model), method, **options)
         rule = DAMPING_RULES.get(type(options["damping"]))

@@ -156,11 +156,6 @@ def test_bad_settings(method: str, name: str, value: Any, message: str) -> None:
     assert hooks(model) == 0
 
 
-def test_nesterov_without_momentum() -> None:
-    with pytest.raises(ValueError, match=r"^nesterov needs a momentum above 0$"):
-        make("TEKFAC", network(), momentum=0.0, nesterov=True)
-
-
 @pytest.mark.parametrize("method", RESCALED)
 @pytest.mark.parametrize(
     ("name", "value", "message"),
@@ -271,7 +266,6 @@ def test_bad_first_order_rule(options: dict[str, Any], message: str) -> None:
         ({"damping": 0.0}, "^damping must be positive and finite, got 0.0$"),
         ({"power": 2.0}, "^power must be above 0 and at most 1, got 2.0$"),
         ({"momentum": 1.0}, r"^momentum must be in \[0, 1\), got 1.0$"),
-        ({"momentum": 0.0, "nesterov": True}, "^nesterov needs a momentum above 0$"),
     ],
 )
 def test_bad_group_settings(group: dict[str, Any], message: str) -> None:

@@ -131,7 +131,7 @@ def test_momentum_recurrence(method: str, nesterov: bool) -> None:
 def test_groups_with_their_own_settings(method: str) -> None:
     model = Network().double()
     settings = [
-        {"lr": 0.1, "momentum": 0.5, "weight_decay": 0.2, "damping": 0.3},
+        {"lr": 0.1, "momentum": 0.5, "weight_decay": 0.2, "damping": 0.3, "nesterov": False},
         {"lr": 0.02, "momentum": 0.0, "weight_decay": 0.0, "damping": 7.0},
         {"lr": 0.03, "momentum": 0.9, "weight_decay": 0.1, "damping": 1e-3, "nesterov": True},
     ]
@@ -423,7 +423,7 @@ def test_an_unfrozen_layer_gets_a_block(method: str) -> None:
     model = Network()
     model.fc1.requires_grad_(False)
     outside = nn.Parameter(torch.ones(2))
-    optimizer = getattr(tekfac, method)(model, rms_clip=None, **frequent(method, 3))
+    optimizer = getattr(tekfac, method)(model, rms_clip=None, nesterov=False, **frequent(method, 3))
     train(model, optimizer, range(2))
     assert set(optimizer.blocks) == {"fc2"}
     assert optimizer.treatment()["fc1.weight"] == "not trained: frozen"

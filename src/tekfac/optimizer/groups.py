@@ -33,8 +33,6 @@ def check_group(group: Mapping[str, Any], trace_damping: bool, method: str) -> N
     check_fraction("power", group["power"])
     if group["rms_clip"] is not None:
         check_positive("rms_clip", group["rms_clip"])
-    if group["nesterov"] and not group["momentum"]:
-        raise ValueError("nesterov needs a momentum above 0")
     check_damping(group["damping"], trace_damping=trace_damping, method=method)
 
 

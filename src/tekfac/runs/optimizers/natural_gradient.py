@@ -32,7 +32,7 @@ NATURAL_GRADIENT: Values = {
 }
 
 
-# Of the optimizers' own defaults, those that are not the paper's.
+# In place of the optimizers' own defaults, which are not the paper's.
 PAPER: Values = {"power": 1.0, "rms_clip": None}
 
 
