@@ -37,21 +37,28 @@ class Basis:
             values: one for each pair of ``output_values`` and ``input_values``.
             matrix: ``V``, ``(G, d_out, d_in)``.
         """
-        output, kept = self.output.to(matrix.dtype), self.output.shape[2]
-        rows = output.mT @ matrix
-        result = output @ self._apply_input(values[:, :kept], rows)
-        if kept < output.shape[1]:
-            others = matrix - output @ rows
-            result += self._apply_input(values[:, kept:], others)
-        return result
-
-    def _apply_input(self, values: Tensor, rows: Tensor) -> Tensor:
-        input, kept = self.input.to(rows.dtype), self.input.shape[2]
-        rotated = rows @ input
-        if kept == input.shape[1]:
-            return (values * rotated) @ input.mT
-        rest = values[:, :, kept:]
-        return ((values[:, :, :kept] - rest) * rotated) @ input.mT + rest * rows
+        input, output = self.input.to(matrix.dtype), self.output.to(matrix.dtype)
+        k_in, k_out = input.shape[2], output.shape[2]
+        rows_rest, columns_rest = values[:, k_out:], values[:, :, k_in:]
+        if k_out == output.shape[1]:
+            rows = output.mT @ matrix
+            if k_in == input.shape[1]:
+                return output @ ((values * (rows @ input)) @ input.mT)
+            leading = (values[:, :, :k_in] - columns_rest) * (rows @ input)
+            return output @ (columns_rest * rows).baddbmm_(leading, input.mT)
+        columns = matrix @ input
+        both = output.mT @ columns
+        if k_in == input.shape[1]:
+            leading = (values[:, :k_out] - rows_rest) * both
+            return (rows_rest * columns).baddbmm_(output, leading) @ input.mT
+        # Of the four parts, leading or not on each side, all get what belongs to the last; what
+        # the others have more, or less, is added. No product is of more than one wide side by k.
+        rest, columns_rest = rows_rest[:, :, k_in:], columns_rest[:, :k_out]
+        rows_rest = rows_rest[:, :, :k_in]
+        leading = (values[:, :k_out, :k_in] - columns_rest - rows_rest + rest) * both
+        columns = ((rows_rest - rest) * columns).baddbmm_(output, leading)
+        result = (rest * matrix).baddbmm_(columns, input.mT)
+        return result.baddbmm_(output, (columns_rest - rest) * (output.mT @ matrix))
 
     @property
     def input_counts(self) -> Tensor:

@@ -125,7 +125,10 @@ def squared_rows(
             _with_rest(rotated(a, basis_in).square_(), a).flatten(1, 2),
         )
     truncated = basis_in.shape[2] < d_in or basis_out.shape[2] < d_out
-    step = max(1, GRADIENT_ENTRIES // (a.shape[0] * d_in * d_out))
+    held = d_in * d_out
+    if truncated and _by_positions(a.shape[2], d_out, d_in):
+        held = max(d_in, d_out) * max(a.shape[2], basis_in.shape[2], basis_out.shape[2])
+    step = max(1, GRADIENT_ENTRIES // (a.shape[0] * held))
     for few_a, few_g in zip(a.split(step, dim=1), g.split(step, dim=1), strict=True):
         if truncated:
             squares = _truncated_squares(few_a, few_g, basis_in, basis_out)
@@ -172,15 +175,30 @@ def _truncated_squares(a: Tensor, g: Tensor, basis_in: Tensor, basis_out: Tensor
     inputs, outputs = rotated(a, basis_in), rotated(g, basis_out)
     squares = _sum_of_squares(outputs.mT @ inputs, 1)
     if basis_in.shape[2] < a.shape[3]:
-        whole = _sum_of_squares(outputs.mT @ a, 1, 3)
+        whole = _row_norms(outputs, a)
         squares = torch.cat([squares, (whole - squares.sum(-1))[..., None]], dim=2)
     if basis_out.shape[2] < g.shape[3]:
-        whole = _sum_of_squares(g.mT @ inputs, 1, 2)
+        whole = _row_norms(inputs, g)
         if basis_in.shape[2] < a.shape[3]:
-            everything = _sum_of_squares(g.mT @ a, 1, 2, 3)
+            everything = _row_norms(g, a).sum(1)
             whole = torch.cat([whole, (everything - whole.sum(-1))[:, None]], dim=1)
         squares = torch.cat([squares, (whole - squares.sum(-2))[:, None]], dim=1)
     return squares.clamp_min_(0)
+
+
+def _row_norms(left: Tensor, right: Tensor) -> Tensor:
+    """``Σ_n ‖e_iᵀ L_nᵀ R_n‖²`` for ``(G, n, T, k)`` and ``(G, n, T, d)``, ``(G, k)``.
+
+    Of few positions the products among them, ``R_n R_nᵀ``, are less than the ``(k, d)`` matrix.
+    """
+    if not _by_positions(left.shape[2], left.shape[3], right.shape[3]):
+        return _sum_of_squares(left.mT @ right, 1, 3)
+    left, right = left.to(wide(left.dtype)), right.to(wide(right.dtype))
+    return ((right @ right.mT @ left) * left).sum(dim=(1, 2))
+
+
+def _by_positions(positions: int, k: int, d: int) -> bool:
+    return positions * (k + d) < k * d
 
 
 def rotation_costs(positions: int, d_in: int, d_out: int) -> tuple[int, int]:
