@@ -14,10 +14,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from tekfac.curvature import costs
 from tekfac.curvature.basis import Basis
 from tekfac.curvature.damping import FactoredDamping, damping_of
 from tekfac.curvature.factors import Factors
 from tekfac.curvature.linalg import completed
+from tekfac.curvature.ranks import Rank, ranks_of
 from tekfac.curvature.sampling import factor_reading, scale_reading
 from tekfac.curvature.statistics import (
     averaged,
@@ -72,7 +74,7 @@ class Block(ABC):
         layer: the layer.
         group: the optimizer's parameter group of the layer's weight; its ``damping`` and ``power``
             are used.
-        rank: eigenvectors that wide factors keep (see `Moment`); None for all.
+        rank: eigenvectors that wide factors keep (`tekfac.curvature.ranks`); None for all.
         storage: what factors, eigenvectors and rescaling are kept in between steps; None for what
             they are computed in.
     """
@@ -85,13 +87,14 @@ class Block(ABC):
         self,
         layer: Layer,
         group: dict[str, Any],
-        rank: int | None = None,
+        rank: Rank = None,
         storage: torch.dtype | None = None,
     ) -> None:
         self.layer = layer
         self.group = group
         self._storage = storage
-        self.factors = self.make_factors(rank, storage)
+        self.rank = rank
+        self.factors = self.make_factors(ranks_of(layer, rank, positions=1), storage)
         self.basis: Basis | None = None
         self.fc_scale: Tensor | float = 1.0
         """β of the paper: the block is this times the layer's Fisher matrix."""
@@ -105,6 +108,8 @@ class Block(ABC):
         self._terms: Tensor | float = 0.0
         self.silent = False
         """Measured, and found to get no gradient at all, before there was any estimate."""
+        self.work = 0
+        """Multiplications of the layer's own passes in a step, by the last step measured."""
         self.discard()
 
     # -- what a curious user asks ------------------------------------------------------------------
@@ -210,6 +215,29 @@ class Block(ABC):
         """Whether the coming step needs statistics of this block."""
         return self.due.factors or self.due.scale
 
+    @property
+    def waiting(self) -> bool:
+        """Whether it has been measured, and its first basis is still to come."""
+        return self.basis is None and not self.factors.empty
+
+    @property
+    def step_cost(self) -> int:
+        """What the layer takes in every step, in multiplications (`tekfac.curvature.costs`)."""
+        d_in, d_out = self.layer.d_in, self.layer.d_out
+        own = costs.preconditioning(d_in, d_out, *self._kept())
+        return (self._work or self.work) + self.groups * own + costs.CALLS
+
+    @property
+    def refresh_cost(self) -> int:
+        """What a new basis takes, in multiplications."""
+        widths = self.layer.d_in, self.layer.d_out
+        sides = (costs.eigenvectors(d, k) for d, k in zip(widths, self._kept(), strict=True))
+        return self.groups * sum(sides) + costs.CALLS
+
+    def _kept(self) -> tuple[int, int]:
+        layer, factors = self.layer, self.factors
+        return factors.input.kept(layer.d_in), factors.output.kept(layer.d_out)
+
     def observe(self, sample: Sample) -> None:
         """Take the statistics of one backward pass into the sums of the step."""
         self.pending = True
@@ -217,10 +245,15 @@ class Block(ABC):
         if sample.first:
             self._units = self._units + sample.units
             self._terms = self._terms + self._here(sample.term_count)
+            self._work += costs.model_pass(
+                self.groups * sample.examples * self.positions, self.layer.d_in, self.layer.d_out
+            )
+            if self.factors.empty:
+                self.factors.keep(ranks_of(self.layer, self.rank, self.positions))
         if self.due.factors:
             read = factor_reading(self.layer, sample, self.due.factor_rows)
-            for rows in self.layer.chunks(sample, read.stride, read.dtype):
-                self.factors.add(rows, sample.first)
+            for part in self.layer.chunks(sample, read.stride, read.dtype):
+                self.factors.add(part, sample.first)
 
     @property
     def stacking(self) -> object | None:
@@ -265,6 +298,7 @@ class Block(ABC):
             usable: whether what was observed may be used. If that is open, no basis is due and
                 there is an estimate already, nothing is read from the device.
         """
+        self.work = self._work or self.work
         if self.pending or self.due.basis:
             self._damping_kept = None
         some, terms = self.pending, self._terms
@@ -305,6 +339,7 @@ class Block(ABC):
         self.factors.clear()
         self.pending = False
         self._units, self._terms = 0, 0.0
+        self._work = 0
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything the block has learnt, as tensors by name."""

@@ -23,7 +23,8 @@ class Factors(ABC):
     """A running estimate of a pair of Kronecker factors and the sums of the batch in flight.
 
     Args:
-        rank: eigenvectors that wide factors keep (see `Moment`); None for all.
+        ranks: eigenvectors that the input side and the output side keep where they are wide (see
+            `Moment`); None for all.
         storage: what they are kept in; None for what they are computed in.
 
     Attributes:
@@ -31,9 +32,13 @@ class Factors(ABC):
         output: of shape ``(G, d_out, d_out)``.
     """
 
-    def __init__(self, rank: int | None, storage: torch.dtype | None) -> None:
-        self.input = Moment(rank, storage)
-        self.output = Moment(rank, storage)
+    def __init__(self, ranks: tuple[int | None, int | None], storage: torch.dtype | None) -> None:
+        self.input = Moment(ranks[0], storage)
+        self.output = Moment(ranks[1], storage)
+
+    def keep(self, ranks: tuple[int | None, int | None]) -> None:
+        """Keep so many eigenvectors of wide sides, from the first batch on."""
+        self.input.rank, self.output.rank = ranks
 
     @abstractmethod
     def add(self, rows: Rows, first: bool) -> None:
@@ -182,8 +187,8 @@ class TraceRestrictedFactors(Factors):
     without any gradient says nothing about either and leaves the estimate as it is.
     """
 
-    def __init__(self, rank: int | None, storage: torch.dtype | None) -> None:
-        super().__init__(rank, storage)
+    def __init__(self, ranks: tuple[int | None, int | None], storage: torch.dtype | None) -> None:
+        super().__init__(ranks, storage)
         self.delta: Tensor | None = None
         self._delta: Tensor | None = None
 

@@ -47,15 +47,21 @@ class Moment:
         """
         groups, width = rows.shape[0], rows.shape[3]
         if self.value is None and self.sum is None:
-            self.probe = None
-            if self.rank is not None and width > 3 * self.rank:
-                self.probe = orthonormal(groups, width, self.rank, rows)
+            kept, self.probe = self.kept(width), None
+            if kept < width:
+                self.probe = orthonormal(groups, width, kept, rows)
         if self.probe is None:
             self.sum = second_moment(rows, weights, self.sum)
         else:
             self.sum = sketched(rows, weights, self.probe.to(rows.dtype), self.sum)
             trace = (square_norms(rows) * weights).sum(dim=1)
             self._trace_sum = trace if self._trace_sum is None else self._trace_sum.add_(trace)
+
+    def kept(self, width: int) -> int:
+        """How many eigenvectors of ``width`` are kept."""
+        if self.value is not None:
+            return self.value.shape[2]
+        return width if self.rank is None or width <= 3 * self.rank else self.rank
 
     def finite(self) -> Tensor:
         """Whether the batch's sum is, 0-dimensional."""

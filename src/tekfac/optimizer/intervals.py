@@ -16,6 +16,17 @@ STATISTICS, BASES, MEMORY = 8, 4, 4
 LONG = 10
 
 
+def last_due(step: int, every: int, divisor: int | None) -> int:
+    """The last step up to this one at which something was due; arguments as for `is_due`."""
+    at = 0
+    if divisor is not None and every >= LONG:
+        while (gap := max(1, at // divisor)) < every:
+            if at + gap > step:
+                return at
+            at += gap
+    return at + (step - at) // every * every
+
+
 def is_due(step: int, every: int, divisor: int | None) -> bool:
     """Whether something is due at a step, counted from 0.
 
@@ -25,7 +36,7 @@ def is_due(step: int, every: int, divisor: int | None) -> bool:
         divisor: what part of the steps taken an interval may be at most; None for the same interval
             from the start.
     """
-    return _last_due(step, every, divisor) == step
+    return last_due(step, every, divisor) == step
 
 
 def decay_at(step: int, every: int, divisor: int | None, decay: float) -> float:
@@ -39,7 +50,7 @@ def decay_at(step: int, every: int, divisor: int | None, decay: float) -> float:
     """
     if divisor is None or every < LONG or step == 0:
         return decay
-    gap = step - _last_due(step - 1, every, divisor)
+    gap = step - last_due(step - 1, every, divisor)
     return min(decay, max(0.0, 1 - MEMORY * gap / step))
 
 
@@ -51,13 +62,3 @@ def amount_at(interval: int, amount: int | None) -> int | None:
         amount: how many where these are ten or more; of shorter ones half. None for all, always.
     """
     return amount if amount is None or interval >= LONG else -(-amount // 2)
-
-
-def _last_due(step: int, every: int, divisor: int | None) -> int:
-    at = 0
-    if divisor is not None and every >= LONG:
-        while (gap := max(1, at // divisor)) < every:
-            if at + gap > step:
-                return at
-            at += gap
-    return at + (step - at) // every * every

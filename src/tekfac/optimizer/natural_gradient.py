@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import copy
 import inspect
-import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import reduce
 from types import MappingProxyType
 from typing import Any, ClassVar, TypedDict, overload
 
@@ -28,12 +28,22 @@ from tekfac.capture.outputs import chosen_outputs, find_outputs
 from tekfac.checks import check_count, check_decay, check_positive
 from tekfac.curvature.blocks import Block, Due
 from tekfac.curvature.damping import Damping, MeanDamping
-from tekfac.layers import assign
+from tekfac.curvature.ranks import FEW, Rank
+from tekfac.layers import ConvLayer, Layer, assign
 from tekfac.optimizer import state
 from tekfac.optimizer.events import Events
 from tekfac.optimizer.first_order import Adam, adam_step
 from tekfac.optimizer.groups import check_group, curvature_groups, divided, members_of
-from tekfac.optimizer.intervals import BASES, STATISTICS, amount_at, decay_at, is_due
+from tekfac.optimizer.intervals import (
+    BASES,
+    LONG,
+    STATISTICS,
+    amount_at,
+    decay_at,
+    is_due,
+    last_due,
+)
+from tekfac.optimizer.schedule import Job, Schedule
 from tekfac.optimizer.update import Preconditioner, step_along, within_kl, within_rms
 from tekfac.verdict import YES, Verdict
 
@@ -59,7 +69,7 @@ class Common(TypedDict, total=False):
     interval_warmup: bool
     factor_decay: float
     factor_rows: int | None
-    rank: int | None
+    rank: Rank
     storage: torch.dtype | None
     exclude: Sequence[str | type[nn.Module]]
     first_order: Adam
@@ -131,7 +141,10 @@ class NaturalGradient(torch.optim.Optimizer):
             layers' natural gradients ``u = (F̂ + λ I)^(−power) ∇h`` are scaled by
             ``min(1, sqrt(kl_clip / Σ lr² ⟨u, ∇h⟩))``.
         factor_every: steps between statistics for the factors, ``T_FIM`` of the paper.
-        basis_every: steps between refreshes of the eigenbasis, ``T_EIG``.
+        basis_every: steps between refreshes of the eigenbasis, ``T_EIG``. From 10 on, at most that
+            often: where all layers' new bases take longer than a step, they are made layer by layer
+            in as many steps as leaves none of them much longer than the others, by a count of
+            operations (`optimizer.schedule`). Below 10 every layer's at once.
         interval_warmup: let intervals of 10 steps or more be shorter early in training: at most an
             eighth of the steps taken for statistics, a quarter for the basis. Averages forget
             sooner then, what is older than the last quarter of the steps (`optimizer.intervals`).
@@ -143,7 +156,11 @@ class NaturalGradient(torch.optim.Optimizer):
             they are.
         rank: eigenvectors kept of a wide factor, one wider than three times that; the directions
             orthogonal to them share one eigenvalue, which keeps the trace. It bounds what memory,
-            refreshes and preconditioning cost in wide layers. None for all eigenvectors always.
+            refreshes and preconditioning cost in wide layers. "auto" for 64 in convolutional
+            networks and in layers that see many positions of an example (tokens), and 512 in other
+            fully-connected ones, which need more to train stably (`curvature.ranks`). Of each
+            channel of a grouped convolution at most four times as many as it has outputs (or, on
+            the output side, inputs). None for all eigenvectors always.
         storage: dtype in which factors, eigenvectors and rescaling are kept between steps, such as
             ``torch.bfloat16``, which halves their memory and rounds them to three digits. None for
             float32, or the parameters' dtype if that is wider. Computed is in that in any case.
@@ -196,7 +213,7 @@ class NaturalGradient(torch.optim.Optimizer):
         interval_warmup: bool = True,
         factor_decay: float = 0.95,
         factor_rows: int | None = 4,
-        rank: int | None = 512,
+        rank: Rank = "auto",
         storage: torch.dtype | None = None,
         exclude: Sequence[str | type[nn.Module]] = (),
         first_order: Adam = Adam(),
@@ -221,7 +238,7 @@ class NaturalGradient(torch.optim.Optimizer):
         check_decay("factor_decay", factor_decay)
         if factor_rows is not None:
             check_count("factor_rows", factor_rows)
-        if rank is not None:
+        if rank is not None and rank != "auto":
             check_count("rank", rank)
         if storage is not None and not (
             isinstance(storage, torch.dtype) and storage.is_floating_point
@@ -251,6 +268,7 @@ class NaturalGradient(torch.optim.Optimizer):
             )
         self._events = Events()
         self._position = 0
+        self._schedule = Schedule()
         self._blocks: dict[str, Block] = {}
         self._preconditioner = Preconditioner()
         self._capture: Capture | None = None
@@ -393,15 +411,21 @@ class NaturalGradient(torch.optim.Optimizer):
     def _build_blocks(self) -> None:
         """Make the blocks of all layers in the curvature groups, and listen to them."""
         group_of = curvature_groups(self.param_groups)
+        layers: dict[str, Layer] = {}
         for name, candidate in self._assignment.candidates.items():
             weight, bias = candidate.weight, candidate.bias
             own_weight = weight if weight in group_of else None
             own_bias = bias if bias in group_of else None
             if name in self._blocks or (own_weight is None and own_bias is None):
                 continue
-            layer = candidate.make(name, weight, own_weight, own_bias)
+            layers[name] = candidate.make(name, weight, own_weight, own_bias)
+        rank: Rank = self.rank
+        there = [*layers.values(), *(block.layer for block in self._blocks.values())]
+        if rank == "auto" and any(isinstance(layer, ConvLayer) for layer in there):
+            rank = FEW
+        for name, layer in layers.items():
             group = group_of[layer.parameters[0]]
-            self._blocks[name] = self.make_block(layer, group, self.rank, self.storage)
+            self._blocks[name] = self.make_block(layer, group, rank, self.storage)
         self._listen()
 
     def _listen(self) -> None:
@@ -464,9 +488,12 @@ class NaturalGradient(torch.optim.Optimizer):
         for block in self._blocks.values():
             if block.pending and all(p.grad is None for p in block.layer.parameters):
                 block.discard()  # its gradients were cleared: there is nothing to step along
+        self._choose_newcomers()
         self._check_measured(capture, self._update_curvature(wanted))
         capture.discard()
         self._apply(wanted)
+        done = [job for job in self._turns if not self._blocks[job.name].factors.empty]
+        self._schedule.charge(done, self._step_cost(), self._position)
         self._events.counts["steps"] += 1
         self._position += 1
         self._set_due()
@@ -498,9 +525,8 @@ class NaturalGradient(torch.optim.Optimizer):
     def _due(self, step: int) -> Due:
         """What is due in a step, counted from 0."""
         factors = self._is_due(step, self.factor_every, STATISTICS)
-        basis = self._is_due(step, self.basis_every, BASES)
         rows = amount_at(self.factor_every, self.factor_rows)
-        return Due(factors, scale=False, basis=basis, factor_rows=rows)
+        return Due(factors, scale=False, basis=False, factor_rows=rows)
 
     def _is_due(self, step: int, every: int, divisor: int) -> bool:
         return is_due(step, every, divisor if self.interval_warmup else None)
@@ -512,16 +538,48 @@ class NaturalGradient(torch.optim.Optimizer):
 
     def _set_due(self) -> None:
         usual = self._due(self._position)
+        self._turns = self._choose()
+        turns = {job.name for job in self._turns}
         for block in self._blocks.values():
-            if block.empty:
+            basis = block.name in turns
+            if block.factors.empty:
                 # Measured as soon as it can be, but a layer that no gradient reaches must not cost
                 # an extra backward pass in every step.
                 now = usual.factors or not block.silent
                 block.due = replace(usual, factors=now, scale=now, basis=now)
+            elif block.empty:
+                # A rescaling goes with the first basis, whenever that comes.
+                block.due = replace(usual, scale=basis or block.basis is not None, basis=basis)
             else:
-                block.due = usual
+                block.due = replace(usual, basis=basis)
         if self._capture is not None:
             self._capture.expect()
+
+    def _choose(self) -> list[Job]:
+        """The blocks whose turn it is to get a new basis in the coming step, or in this one."""
+        divisor = BASES if self.interval_warmup else None
+        last = last_due(self._position, self.basis_every, divisor)
+        since = self._schedule.refreshed
+        jobs = [
+            Job(block.name, since.get(block.name, -1), block.refresh_cost)
+            for block in self._blocks.values()
+            if (block.basis is None or since.get(block.name, -1) < last)
+            and (block.pending or not block.factors.empty)
+        ]
+        if self.basis_every < LONG:
+            return jobs
+        return self._schedule.choose(jobs, self._step_cost())
+
+    def _choose_newcomers(self) -> None:
+        """Choose again if blocks were measured for the first time: now what they take is known."""
+        if any(block.factors.empty and block.pending for block in self._blocks.values()):
+            self._turns = self._choose()
+            turns = {job.name for job in self._turns}
+            for block in self._blocks.values():
+                block.due = replace(block.due, basis=block.name in turns)
+
+    def _step_cost(self) -> int:
+        return sum(block.step_cost for block in self._blocks.values())
 
     def _decays(self) -> tuple[float, float]:
         """ε2 and ε1 now; the latter for the methods that have a rescaling of their own."""
@@ -563,7 +621,7 @@ class NaturalGradient(torch.optim.Optimizer):
             block.name
             for block in self._blocks.values()
             if block.empty
-            and not block.silent
+            and not (block.silent or block.waiting)
             and block.name not in troubled
             and any(p.grad is not None for p in block.layer.parameters)
         ]
@@ -597,7 +655,10 @@ class NaturalGradient(torch.optim.Optimizer):
         )
 
     def _finite(self) -> Tensor | None:
-        """Whether all gradients are, 0-dimensional; None if there is none."""
+        """Whether all gradients are, 0-dimensional; None if there is none.
+
+        One whose square is beyond float32's range (entries above 1e19) counts as not finite.
+        """
         grads = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
         if not grads:
             return None
@@ -605,8 +666,10 @@ class NaturalGradient(torch.optim.Optimizer):
             raise RuntimeError(
                 f"{self._method} does not support sparse gradients: give embeddings sparse=False"
             )
-        largest = torch._foreach_norm(grads, math.inf)
-        return torch.stack([n.to(grads[0].device) for n in largest]).isfinite().all()
+        # Where something is not finite the norm is not; the largest entry takes 20 times as long.
+        dtype = reduce(torch.promote_types, {grad.dtype for grad in grads}, torch.float32)
+        norms = torch._foreach_norm(grads, 2, dtype=dtype)
+        return torch.stack([n.to(grads[0].device) for n in norms]).isfinite().all()
 
     def _not_finite(self) -> str:
         """Name of a parameter whose gradient is not finite."""
@@ -667,6 +730,11 @@ class NaturalGradient(torch.optim.Optimizer):
             "settings": {name: getattr(self, name) for name in self._settings},
             "counters": self.counters,
             "position": self._position,
+            "schedule": {
+                "credit": self._schedule.credit,
+                "refreshed": dict(self._schedule.refreshed),
+                "work": {name: block.work for name, block in self._blocks.items()},
+            },
         }
         if isinstance(self.fisher, SampledFisher):
             packed["tekfac"]["generator"] = self.fisher.generator.get_state()
@@ -696,10 +764,23 @@ class NaturalGradient(torch.optim.Optimizer):
             setattr(self, name, value)
         self._events.load(own["counters"])
         self._position = own.get("position", own["counters"]["steps"])  # not there in older states
+        self._schedule = self._scheduled(own.get("schedule"))
         if isinstance(self.fisher, SampledFisher) and "generator" in own:
             self.fisher.generator.set_state(own["generator"].cpu())
         self._update_fc_scale()
         self._set_due()
+
+    def _scheduled(self, packed: dict[str, Any] | None) -> Schedule:
+        """What `state_dict` kept of the schedule; older states had none, and all turns at once."""
+        if packed is None:
+            divisor = BASES if self.interval_warmup else None
+            last = last_due(self._position - 1, self.basis_every, divisor)
+            return Schedule(
+                refreshed={name: last for name, block in self._blocks.items() if block.basis}
+            )
+        for name, work in packed["work"].items():
+            self._blocks[name].work = work
+        return Schedule(packed["credit"], dict(packed["refreshed"]))
 
     def __getstate__(self) -> dict[str, Any]:
         # A scheduler puts its own `step` on the instance; it and hooks stay behind, as in torch.
