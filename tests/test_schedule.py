@@ -301,23 +301,3 @@ def test_dead_layers_take_no_turns() -> None:
     assert optimizer.blocks["dead"].empty
     assert not any(block.empty for name, block in optimizer.blocks.items() if name != "dead")
     assert "dead" not in optimizer.state_dict()["tekfac"]["schedule"]["refreshed"]
-
-
-@pytest.mark.parametrize(
-    ("convolutional", "tokens", "kept"), [(False, 1, 200), (False, 2, 64), (True, 1, 64)]
-)
-def test_how_many_eigenvectors_are_kept_by_default(
-    convolutional: bool, tokens: int, kept: int
-) -> None:
-    model: nn.Module = nn.Sequential(nn.Linear(199, 3), nn.Flatten(), nn.LazyLinear(2))
-    if convolutional:
-        model = nn.Sequential(nn.Unflatten(1, (1, 199)), nn.Conv1d(1, 1, 1), nn.Flatten(), *model)
-    x = torch.randn(4, *[tokens] * (tokens > 1), 199)
-    model(x)
-    optimizer = tekfac.TEKFAC(model)
-    optimizer.zero_grad()
-    F.cross_entropy(model(x), torch.arange(4) % 2).backward()
-    optimizer.step()
-    block = next(block for block in optimizer.blocks.values() if block.shape == (3, 200))
-    assert block.basis is not None
-    assert block.basis.input.shape == (1, 200, kept)

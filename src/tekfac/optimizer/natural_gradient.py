@@ -28,8 +28,7 @@ from tekfac.capture.outputs import chosen_outputs, find_outputs
 from tekfac.checks import check_count, check_decay, check_positive
 from tekfac.curvature.blocks import Block, Due
 from tekfac.curvature.damping import Damping, MeanDamping
-from tekfac.curvature.ranks import FEW, Rank
-from tekfac.layers import ConvLayer, Layer, assign
+from tekfac.layers import assign
 from tekfac.optimizer import state
 from tekfac.optimizer.events import Events
 from tekfac.optimizer.first_order import Adam, adam_step
@@ -69,7 +68,7 @@ class Common(TypedDict, total=False):
     interval_warmup: bool
     factor_decay: float
     factor_rows: int | None
-    rank: Rank
+    rank: int | None
     storage: torch.dtype | None
     exclude: Sequence[str | type[nn.Module]]
     first_order: Adam
@@ -156,11 +155,10 @@ class NaturalGradient(torch.optim.Optimizer):
             they are.
         rank: eigenvectors kept of a wide factor, one wider than three times that; the directions
             orthogonal to them share one eigenvalue, which keeps the trace. It bounds what memory,
-            refreshes and preconditioning cost in wide layers. "auto" for 64 in convolutional
-            networks and in layers that see many positions of an example (tokens), and 512 in other
-            fully-connected ones, which need more to train stably (`curvature.ranks`). Of each
-            channel of a grouped convolution at most four times as many as it has outputs (or, on
-            the output side, inputs). None for all eigenvectors always.
+            refreshes and preconditioning cost in wide layers; more than the default gained little
+            or nothing (benchmarks/README.md). Of each group of a grouped convolution at most four
+            times as many as it has outputs (or, on the output side, inputs). None for all
+            eigenvectors always.
         storage: dtype in which factors, eigenvectors and rescaling are kept between steps, such as
             ``torch.bfloat16``, which halves their memory and rounds them to three digits. None for
             float32, or the parameters' dtype if that is wider. Computed is in that in any case.
@@ -213,7 +211,7 @@ class NaturalGradient(torch.optim.Optimizer):
         interval_warmup: bool = True,
         factor_decay: float = 0.95,
         factor_rows: int | None = 4,
-        rank: Rank = "auto",
+        rank: int | None = 32,
         storage: torch.dtype | None = None,
         exclude: Sequence[str | type[nn.Module]] = (),
         first_order: Adam = Adam(),
@@ -238,7 +236,7 @@ class NaturalGradient(torch.optim.Optimizer):
         check_decay("factor_decay", factor_decay)
         if factor_rows is not None:
             check_count("factor_rows", factor_rows)
-        if rank is not None and rank != "auto":
+        if rank is not None:
             check_count("rank", rank)
         if storage is not None and not (
             isinstance(storage, torch.dtype) and storage.is_floating_point
@@ -411,21 +409,15 @@ class NaturalGradient(torch.optim.Optimizer):
     def _build_blocks(self) -> None:
         """Make the blocks of all layers in the curvature groups, and listen to them."""
         group_of = curvature_groups(self.param_groups)
-        layers: dict[str, Layer] = {}
         for name, candidate in self._assignment.candidates.items():
             weight, bias = candidate.weight, candidate.bias
             own_weight = weight if weight in group_of else None
             own_bias = bias if bias in group_of else None
             if name in self._blocks or (own_weight is None and own_bias is None):
                 continue
-            layers[name] = candidate.make(name, weight, own_weight, own_bias)
-        rank: Rank = self.rank
-        there = [*layers.values(), *(block.layer for block in self._blocks.values())]
-        if rank == "auto" and any(isinstance(layer, ConvLayer) for layer in there):
-            rank = FEW
-        for name, layer in layers.items():
+            layer = candidate.make(name, weight, own_weight, own_bias)
             group = group_of[layer.parameters[0]]
-            self._blocks[name] = self.make_block(layer, group, rank, self.storage)
+            self._blocks[name] = self.make_block(layer, group, self.rank, self.storage)
         self._listen()
 
     def _listen(self) -> None:
