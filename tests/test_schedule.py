@@ -36,7 +36,7 @@ def network() -> nn.Sequential:
     return nn.Sequential(*(part for layer in layers for part in (layer, nn.Tanh())))
 
 
-def train(model: nn.Module, optimizer: Any, steps: int, batch: int = 200) -> list[dict[str, bool]]:
+def train(model: nn.Module, optimizer: Any, steps: int, batch: int = 2000) -> list[dict[str, bool]]:
     """For each step, whether each block's basis is another than before."""
     changed = []
     generator = torch.Generator().manual_seed(1)
@@ -61,9 +61,9 @@ def names(jobs: list[Job]) -> list[str]:
 @pytest.mark.usefixtures("nothing_free")
 def test_the_oldest_comes_first_and_then_the_least_work() -> None:
     jobs = [Job("a", 5, 30), Job("b", -1, 40), Job("c", 5, 10), Job("d", -1, 20)]
-    assert names(Schedule().choose(jobs, 100)) == ["d", "b", "c", "a"]
-    assert names(Schedule().choose(jobs, 70)) == ["d", "b", "c"]
-    assert names(Schedule().choose(jobs, 69)) == ["d", "b"]
+    assert names(Schedule().choose(jobs, round(100 / BURST))) == ["d", "b", "c", "a"]
+    assert names(Schedule().choose(jobs, round(70 / BURST))) == ["d", "b", "c"]
+    assert names(Schedule().choose(jobs, round(68 / BURST))) == ["d", "b"]
 
 
 @pytest.mark.usefixtures("nothing_free")

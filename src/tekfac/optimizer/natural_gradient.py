@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -647,10 +648,7 @@ class NaturalGradient(torch.optim.Optimizer):
         )
 
     def _finite(self) -> Tensor | None:
-        """Whether all gradients are, 0-dimensional; None if there is none.
-
-        One whose square is beyond float32's range (entries above 1e19) counts as not finite.
-        """
+        """Whether all gradients are, 0-dimensional; None if there is none."""
         grads = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
         if not grads:
             return None
@@ -658,10 +656,10 @@ class NaturalGradient(torch.optim.Optimizer):
             raise RuntimeError(
                 f"{self._method} does not support sparse gradients: give embeddings sparse=False"
             )
-        # Where something is not finite the norm is not; the largest entry takes 20 times as long.
-        dtype = reduce(torch.promote_types, {grad.dtype for grad in grads}, torch.float32)
-        norms = torch._foreach_norm(grads, 2, dtype=dtype)
-        return torch.stack([n.to(grads[0].device) for n in norms]).isfinite().all()
+        finite = _all_finite(grads, math.inf if self._waits() else 2.0)
+        # Of numbers near the end of their range the square is not finite, and the largest is: of
+        # gradients on a processor that takes 20 times as long to find.
+        return finite if self._waits() or bool(finite) else _all_finite(grads, math.inf)
 
     def _not_finite(self) -> str:
         """Name of a parameter whose gradient is not finite."""
@@ -805,6 +803,13 @@ class NaturalGradient(torch.optim.Optimizer):
                     if name != "self" and parameter.kind is not parameter.VAR_KEYWORD:
                         merged.setdefault(name, parameter)
         cls.__signature__ = inspect.Signature(list(merged.values()))  # type: ignore[attr-defined]
+
+
+def _all_finite(tensors: list[Tensor], order: float) -> Tensor:
+    """Whether the norms of this order of all tensors are, 0-dimensional."""
+    dtype = reduce(torch.promote_types, {t.dtype for t in tensors}, torch.float32)
+    norms = torch._foreach_norm(tensors, order, dtype=dtype)
+    return torch.stack([n.to(tensors[0].device) for n in norms]).isfinite().all()
 
 
 def _supported() -> str:

@@ -13,10 +13,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-# The bases of the first hundred steps take at most ten steps' time then, for several of every layer;
-# in the long run intervals of 100 steps need one or two (benchmarks/README.md).
+# The bases of the first hundred steps take at most ten steps' time then. In the long run intervals
+# of 100 steps need one or two (benchmarks/README.md).
 SHARE = 0.1
-BURST = 1.0
+BURST = 0.5
 
 # Multiplications in a step that nobody notices (5 ms): small networks need no schedule.
 FREE = 2**28
