@@ -31,7 +31,7 @@ from tekfac.optimizer.intervals import STATISTICS, is_due
 from tekfac.optimizer.schedule import SHARE
 
 HEADER = (
-    "network, batch | SGD | AdamW | plain step | with statistics | all bases | slowest / median | "
+    "network, batch | SGD | AdamW | plain step | with statistics | all bases | slowest / plain | "
     "first 100 / steady 100 | whole interval / AdamW | state (MiB) | / AdamW's"
 )
 
@@ -100,12 +100,14 @@ class Steps:
 
     Attributes:
         seconds: each one's processor time.
-        kinds: what each did: "plain", "statistics", "basis" (with statistics or not).
+        without_bases: the same, less what new bases took.
+        kinds: "statistics" for those that took any, else "plain".
     """
 
     take: Callable[[], float]
     optimizer: torch.optim.Optimizer
     seconds: list[float] = field(default_factory=list)
+    without_bases: list[float] = field(default_factory=list)
     kinds: list[str] = field(default_factory=list)
 
     def step(self) -> None:
@@ -120,14 +122,10 @@ class Steps:
         tensors = [v for own in states for v in own.values() if isinstance(v, Tensor)]
         return sum(v.numel() * v.element_size() for v in tensors) / 2**20
 
-    def median(self, *kinds: str) -> float:
-        """Of the steps of these kinds, or of all; the first, which finds caches empty, aside."""
-        found = [
-            s
-            for s, kind in zip(self.seconds[1:], self.kinds[1:] or ["plain"] * 10**6, strict=False)
-            if not kinds or kind in kinds
-        ]
-        return median(found) if found else float("nan")
+    def median(self, kind: str) -> float:
+        """Of the steps of a kind, without bases; the first, which finds caches empty, aside."""
+        found = zip(self.without_bases[1:], self.kinds[1:], strict=True)
+        return median(seconds for seconds, of in found if of == kind)
 
 
 def steps_of(
@@ -168,22 +166,18 @@ def measured(name: str, batch: int, size: int, steps: int, options: dict[str, ob
     with mock.patch.object(Block, "_refresh", timed):
         for _ in range(steps):
             for run in runs.values():
-                listening = [
-                    block.listening for block in getattr(run.optimizer, "blocks", {}).values()
-                ]
-                before = sum(map(len, bases.values()))
+                blocks = getattr(run.optimizer, "blocks", {}).values()
+                run.kinds.append("statistics" if any(b.listening for b in blocks) else "plain")
+                before = sum(map(sum, bases.values()))
                 run.step()
-                made = sum(map(len, bases.values())) > before
-                run.kinds.append("basis" if made else "statistics" if any(listening) else "plain")
+                run.without_bases.append(run.seconds[-1] - sum(map(sum, bases.values())) + before)
     plain, statistics = ours.median("plain"), ours.median("statistics")
-    if statistics != statistics:  # every step with statistics made a basis too
-        statistics = ours.median("basis")
     refreshed = sum(median(seconds) for seconds in bases.values())
     steady = 100 * plain + 10 * (statistics - plain) + refreshed
     # What is left of the hundred, if fewer were taken: at most the share that bases may have.
     due = sum(is_due(step, 10, STATISTICS) for step in range(steps, 100))
     first = sum(ours.seconds) + due * (statistics - plain) + (100 - steps) * plain * (1 + SHARE)
-    sgd, adamw = runs["sgd"].median(), runs["adamw"].median()
+    sgd, adamw = (runs[peer].median("plain") for peer in ("sgd", "adamw"))
     missing = sum(block.empty for block in ours.optimizer.blocks.values())  # type: ignore[attr-defined]
     cells = [
         f"{name}, {batch}" + (f" ({missing} without a basis)" if missing else ""),
@@ -192,7 +186,7 @@ def measured(name: str, batch: int, size: int, steps: int, options: dict[str, ob
         f"{plain:.3f}",
         f"{statistics:.3f}",
         f"{refreshed:.3f}",
-        f"{max(ours.seconds) / ours.median():.1f}",
+        f"{max(ours.seconds) / plain:.1f}",
         f"{first / steady:.2f}",
         f"{steady / 100 / adamw:.2f}",
         f"{ours.state():.0f}",

@@ -19,7 +19,7 @@ from tekfac.curvature.basis import Basis
 from tekfac.curvature.damping import FactoredDamping, damping_of
 from tekfac.curvature.factors import Factors
 from tekfac.curvature.linalg import completed
-from tekfac.curvature.ranks import Rank, ranks_of
+from tekfac.curvature.ranks import ranks_of
 from tekfac.curvature.sampling import factor_reading, scale_reading
 from tekfac.curvature.statistics import (
     averaged,
@@ -87,14 +87,13 @@ class Block(ABC):
         self,
         layer: Layer,
         group: dict[str, Any],
-        rank: Rank = None,
+        rank: int | None = None,
         storage: torch.dtype | None = None,
     ) -> None:
         self.layer = layer
         self.group = group
         self._storage = storage
-        self.rank = rank
-        self.factors = self.make_factors(ranks_of(layer, rank, positions=1), storage)
+        self.factors = self.make_factors(ranks_of(layer, rank), storage)
         self.basis: Basis | None = None
         self.fc_scale: Tensor | float = 1.0
         """β of the paper: the block is this times the layer's Fisher matrix."""
@@ -266,8 +265,6 @@ class Block(ABC):
             self._work += costs.model_pass(
                 self.groups * sample.examples * self.positions, self.layer.d_in, self.layer.d_out
             )
-            if self.factors.empty:
-                self.factors.keep(ranks_of(self.layer, self.rank, self.positions))
         if self.due.factors:
             read = factor_reading(self.layer, sample, self.due.factor_rows)
             for part in self.layer.chunks(sample, read.stride, read.dtype):

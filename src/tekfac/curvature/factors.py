@@ -36,10 +36,6 @@ class Factors(ABC):
         self.input = Moment(ranks[0], storage)
         self.output = Moment(ranks[1], storage)
 
-    def keep(self, ranks: tuple[int | None, int | None]) -> None:
-        """Keep so many eigenvectors of wide sides, from the first batch on."""
-        self.input.rank, self.output.rank = ranks
-
     @abstractmethod
     def add(self, rows: Rows, first: bool) -> None:
         """Add examples to the batch's sums.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -43,10 +45,16 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor] | None:
 
 def orthonormal(groups: int, width: int, rank: int, like: Tensor) -> Tensor:
     """``rank`` random orthonormal columns, ``(groups, width, rank)``, always the same."""
+    return _columns(width, rank).to(like).expand(groups, -1, -1)
+
+
+# Many layers of a network are equally wide, and all want theirs in the first step.
+@lru_cache(maxsize=8)
+def _columns(width: int, rank: int) -> Tensor:
     generator = torch.Generator().manual_seed(width)
     normal = torch.randn(width, rank, generator=generator, dtype=torch.float64)
     columns: Tensor = torch.linalg.qr(normal).Q
-    return columns.to(like).expand(groups, -1, -1)
+    return columns
 
 
 def leading(product: Tensor, probe: Tensor) -> tuple[Tensor, Tensor] | None:

