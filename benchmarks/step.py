@@ -179,8 +179,8 @@ def race(options: argparse.Namespace) -> None:
 
 
 PARTS = {
-    "backward pass for output gradients": "tekfac.capture.capture._gradients",
-    "inputs and gradients as matrices": "tekfac.layers.Layer._rows",
+    "backward pass for output gradients": "tekfac.capture.graph.go_through",
+    "inputs and gradients as matrices": "tekfac.layers.layer.Layer._rows",
     "traces of the examples": "tekfac.curvature.factors.TraceRestrictedFactors.add",
     "factors": "tekfac.curvature.moments.Moment.add",
     "rescaling": "tekfac.curvature.blocks.CorrectedBlock._add_squares",
