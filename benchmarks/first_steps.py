@@ -124,8 +124,9 @@ class Steps:
 
     def median(self, kind: str) -> float:
         """Of the steps of a kind, without bases; the first, which finds caches empty, aside."""
-        found = zip(self.without_bases[1:], self.kinds[1:], strict=True)
-        return median(seconds for seconds, of in found if of == kind)
+        steps = zip(self.without_bases[1:], self.kinds[1:], strict=True)
+        found = [seconds for seconds, of in steps if of == kind]
+        return median(found) if found else float("nan")  # more steps would have had some
 
 
 def steps_of(
