@@ -216,8 +216,8 @@ class Block(ABC):
 
     @property
     def waiting(self) -> bool:
-        """Whether it has been measured, and its first basis is still to come."""
-        return self.basis is None and not self.factors.empty
+        """Whether it has been measured, and its first basis or rescaling is still to come."""
+        return self.empty and not self.factors.empty
 
     @property
     def step_cost(self) -> int:

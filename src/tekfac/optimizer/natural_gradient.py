@@ -598,11 +598,11 @@ class NaturalGradient(torch.optim.Optimizer):
                 # an extra backward pass in every step.
                 now = usual.factors or not block.silent
                 block.due = replace(usual, factors=now, scale=now, basis=now)
-            elif block.empty:
-                # A rescaling goes with the first basis, whenever that comes.
-                block.due = replace(usual, scale=basis or block.basis is not None, basis=basis)
             else:
-                block.due = replace(usual, basis=basis)
+                # A first basis has its rescaling with the next measurement: one for it alone would
+                # cost a backward pass in every turn.
+                scale = usual.scale and (basis or block.basis is not None)
+                block.due = replace(usual, scale=scale, basis=basis)
         if self._capture is not None:
             self._capture.expect()
 
