@@ -395,6 +395,34 @@ def test_two_heads(form: Callable[[Tensor, Tensor], Any], output: Any) -> None:
     near(traces(model, run, output=output), truth_of_heads(model, x))
 
 
+def test_an_output_joined_of_several_is_each_of_them() -> None:
+    model, x = Heads(lambda a, b: (a, b)), seeded(6, 4)
+
+    def run(m: nn.Module) -> Tensor:
+        a, b = m(x)
+        return F.cross_entropy(a, labels(6)) + F.cross_entropy(b, labels(6, classes=5))
+
+    found = traces(model, run, output=lambda result: torch.cat(result, 1))
+    near(found, truth_of_heads(model, x))
+
+
+def test_an_output_made_of_what_the_model_returned() -> None:
+    """As a VAE's example has it: probabilities, of which output= makes logits again."""
+    x, y = seeded(6, 4), labels(6, 3, classes=2).double()
+    logits = network()
+    plain = traces(
+        logits, lambda m: F.binary_cross_entropy_with_logits(m(x), y), likelihood="bernoulli"
+    )
+    model = nn.Sequential(*network(), nn.Sigmoid())
+    found = traces(
+        model,
+        lambda m: F.binary_cross_entropy(m(x), y),
+        likelihood="bernoulli",
+        output=torch.logit,
+    )
+    near(found, plain)
+
+
 def test_each_output_has_its_likelihood() -> None:
     model, x = Heads(lambda a, b: (a, b)), seeded(6, 4)
     one, two = labels(6), seeded(6, 5, seed=4)

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from tekfac import verdict
@@ -28,6 +28,7 @@ from tekfac.capture.fisher import ExactFisher, Fisher
 from tekfac.capture.graph import (
     Found,
     Use,
+    behind,
     go_through,
     measuring,
     own_pass,
@@ -37,6 +38,7 @@ from tekfac.capture.graph import (
 )
 from tekfac.capture.hook import Hook, drop_inert
 from tekfac.capture.likelihoods import Likelihood
+from tekfac.capture.outputs import tensors_of
 from tekfac.layers import Assignment, ConvLayer, Layer, LinearLayer, Sample
 
 
@@ -72,12 +74,14 @@ class _Pass:
 
     Attributes:
         outputs: the tensors that likelihoods are about, without their graph.
+        likelihoods: theirs.
         done: which of them a backward pass has reached.
         given: layers that have had a sample of this pass.
         terms: of the first output that was reached, 0-dimensional.
     """
 
-    outputs: list[Tensor]
+    outputs: list[Tensor] = field(default_factory=list)
+    likelihoods: list[Likelihood] = field(default_factory=list)
     done: set[int] = field(default_factory=set)
     given: set[str] = field(default_factory=set)
     terms: Tensor | None = None
@@ -137,6 +141,8 @@ class Capture:
         self._settled: set[str] = set()
         self._waiting: list[Delivery] = []
         self._task = -1
+        # Outputs that output= made, of the last forward pass, whose graph they hold.
+        self._made: dict[int, Tensor] = {}
         self._unfused = ExitStack()
         self._recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
         for module in model.modules():
@@ -168,6 +174,7 @@ class Capture:
     def discard(self) -> None:
         """Forget those samples."""
         self._waiting.clear()
+        self._made.clear()
         self.reached_layers.clear()
 
     # -- forward -----------------------------------------------------------------------------------
@@ -217,23 +224,66 @@ class Capture:
                 f"{len(self.likelihoods)} likelihoods were given, but the model has {len(found)} "
                 "outputs: give one for each, or output= to pick the right tensors"
             )
-        here = _Pass([output.detach() for output in found])
-        for number, output in enumerate(found):
-            if self.fisher is not None:
-                self._likelihood(number).check(output)
-            if output.requires_grad:
-                # What the user changes in place later is not what the labels are drawn from.
-                here.outputs[number] = output.detach().clone()
-                edge = source_of(output)
-                edge.node.register_prehook(_Reached(self, here, number, edge.output_nr))
+        returned = tensors_of(result)
+        likelihoods = list(self.likelihoods)
+        likelihoods *= len(found) if len(likelihoods) == 1 else 1
+        here = _Pass()
+        self._made.clear()
+        for output, likelihood in zip(found, likelihoods, strict=True):
+            if not output.requires_grad or any(output is each for each in returned):
+                self._wait(here, output, likelihood)
+            elif getattr(likelihood, "dim", 0) is None:
+                # Which dimension holds the classes is judged by the loss, which is not made of what
+                # output= made: by the tensors, then, that this was made of.
+                for each in behind(output, returned):
+                    self._wait(here, each, likelihood)
+            else:
+                self._made[len(here.outputs)] = output
+                self._wait(here, output, likelihood, behind(output, returned))
 
-    def _likelihood(self, number: int) -> Likelihood:
-        return self.likelihoods[number if len(self.likelihoods) > 1 else 0]
+    def _wait(
+        self,
+        here: _Pass,
+        output: Tensor,
+        likelihood: Likelihood,
+        made_of: Sequence[Tensor] = (),
+    ) -> None:
+        """Wait for the backward pass to reach an output, or one of what it was made of."""
+        number = len(here.outputs)
+        here.outputs.append(output.detach())
+        here.likelihoods.append(likelihood)
+        if self.fisher is not None:
+            likelihood.check(output)
+        if not output.requires_grad:
+            return
+        # What the user changes in place later is not what the labels are drawn from.
+        here.outputs[number] = output.detach().clone()
+        for each in made_of:
+            edge = source_of(each)
+            edge.node.register_prehook(_ReachedBehind(self, here, number, edge.output_nr))
+        if not made_of:
+            edge = source_of(output)
+            edge.node.register_prehook(_Reached(self, here, number, edge.output_nr))
 
     # -- backward ----------------------------------------------------------------------------------
 
-    def reached(self, here: _Pass, number: int, root: GradientEdge, gradient: Tensor) -> None:
-        """The user's backward pass has reached an output of the network."""
+    def reached_behind(self, here: _Pass, number: int) -> None:
+        """The user's backward pass has reached a tensor that an output was made of."""
+        output = self._made.get(number)
+        if output is not None and number not in here.done:
+            self.reached(here, number, get_gradient_edge(output), None)
+
+    def reached(
+        self, here: _Pass, number: int, root: GradientEdge, gradient: Tensor | None
+    ) -> None:
+        """The user's backward pass has reached an output of the network.
+
+        Args:
+            here: the forward pass that it came from.
+            number: the output's.
+            root: where it is in the graph.
+            gradient: of the loss by it; None if the loss is not made of it.
+        """
         closed = not self._handles
         if closed or measuring() or number in here.done:
             return
@@ -250,11 +300,12 @@ class Capture:
         self.passes += 1
         self.reached_layers.update(use.name for use in uses)
         # Of a batch that is empty or not finite there is nothing to be learnt.
-        if not gradient.numel():
+        seen = here.outputs[number] if gradient is None else gradient
+        if not seen.numel():
             return
-        if not verdict.waits(gradient.device) and not bool(gradient.isfinite().all()):
+        if not verdict.waits(seen.device) and not bool(seen.isfinite().all()):
             return
-        with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(seen.device.type, enabled=False):
             task = torch._C._current_graph_task_id()
             if task != self._task:
                 self._task = task
@@ -295,11 +346,12 @@ class Capture:
         here: _Pass,
         number: int,
         root: GradientEdge,
-        gradient: Tensor,
+        gradient: Tensor | None,
         uses: list[Use],
     ) -> None:
         output = here.outputs[number]
-        likelihood = self._fit(number, output, gradient)
+        dtype = output.dtype if gradient is None else gradient.dtype
+        likelihood = self._fit(here.likelihoods[number], number, output, gradient)
 
         def projections(cotangent: Tensor, some: Sequence[Use]) -> list[Tensor | None]:
             rows: dict[Use, Tensor] = {}
@@ -307,13 +359,15 @@ class Capture:
             def received(use: Use, g: Tensor) -> None:
                 rows[use] = projected(use.reading.output_rows(g.detach()))
 
-            go_through(root, cotangent.to(gradient.dtype), some, received)
+            go_through(root, cotangent.to(dtype), some, received)
             return [rows.get(use) for use in some]
 
         class_dim = getattr(likelihood, "dim", None)
         with own_pass():
             grouping, orders = self._examples.find(output, class_dim, uses, projections)
-        used = None if likelihood is None else likelihood.used(output, gradient)
+        used = None
+        if likelihood is not None and gradient is not None:
+            used = likelihood.used(output, gradient)
         output = grouping.arrange(output)
         used = None if used is None else grouping.arrange(used)
         terms = output.new_ones(len(output), dtype=torch.float64)
@@ -334,7 +388,7 @@ class Capture:
             if self.blocks[use.name].listening:
                 wanted[use] = Expected(use.reading, order)
         if used is not None and isinstance(self.fisher, ExactFisher):
-            self._reach(root, grouping.restore(used.to(gradient.dtype).expand_as(output)), wanted)
+            self._reach(root, grouping.restore(used.to(dtype).expand_as(output)), wanted)
         read_inputs(wanted)
         for use in wanted:
             x = use.reading.input
@@ -354,7 +408,7 @@ class Capture:
             delivery.expect(wanted.values())
             if used is not None:
                 cotangent = cotangent * used
-            cotangent = grouping.restore(cotangent * scale).to(gradient.dtype)
+            cotangent = grouping.restore(cotangent * scale).to(dtype)
             with own_pass():
                 go_through(
                     root,
@@ -376,15 +430,19 @@ class Capture:
         with own_pass():
             go_through(root, cotangent, list(wanted), received)
 
-    def _fit(self, number: int, output: Tensor, gradient: Tensor) -> Likelihood | None:
+    def _fit(
+        self, given: Likelihood, number: int, output: Tensor, gradient: Tensor | None
+    ) -> Likelihood | None:
         """The likelihood of an output; None if it is not known, which "empirical" can bear."""
+        if gradient is None:
+            return given
         key = number, output.dim()
         if key in self._fitted:
             return self._fitted[key]
         fitted: Likelihood | None = None
         try:
-            self._likelihood(number).check(output)
-            fitted = self._likelihood(number).fitted(output, gradient)
+            given.check(output)
+            fitted = given.fitted(output, gradient)
         except ValueError:
             if self.fisher is not None:
                 raise
@@ -398,11 +456,11 @@ class Capture:
         delivery: Delivery,
         wanted: Mapping[Use, Expected],
         root: GradientEdge,
-        gradient: Tensor,
+        gradient: Tensor | None,
     ) -> None:
         """Have the user's own backward pass give what it brings (empirical Fisher)."""
         for use, product in wanted.items():
-            if use.node is root.node:
+            if use.node is root.node and gradient is not None:
                 self._received(delivery, product, gradient)
             else:
                 use.node.register_prehook(_Overheard(self, delivery, product))
@@ -444,6 +502,20 @@ class _Reached:
         if gradient is not None:
             root = GradientEdge(torch._C._current_autograd_node(), self.place)
             self.capture.reached(self.here, self.number, root, gradient)
+
+
+@dataclass(eq=False)
+class _ReachedBehind:
+    """A hook on the node that made what an output was made of; it holds no node either."""
+
+    capture: Capture
+    here: _Pass
+    number: int
+    place: int
+
+    def __call__(self, gradients: tuple[Tensor | None, ...]) -> None:
+        if gradients[self.place] is not None:
+            self.capture.reached_behind(self.here, self.number)
 
 
 @dataclass(eq=False)

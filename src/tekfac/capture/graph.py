@@ -385,6 +385,26 @@ def _gradients(
         raise RuntimeError(REENTRANT) from error
 
 
+def behind(output: Tensor, tensors: Collection[Tensor]) -> list[Tensor]:
+    """Those of some tensors that an output is made of, nothing between."""
+    places: dict[tuple[Node, int], Tensor] = {}
+    for tensor in tensors:
+        edge = get_gradient_edge(tensor)
+        places[edge.node, edge.output_nr] = tensor
+    found: dict[int, Tensor] = {}
+    start = get_gradient_edge(output)
+    seen: set[tuple[Node, int]] = set()
+    open_edges = [(start.node, start.output_nr)]
+    while open_edges:
+        edge_of = open_edges.pop()
+        if edge_of in places:
+            found[id(places[edge_of])] = places[edge_of]
+        elif edge_of not in seen:
+            seen.add(edge_of)
+            open_edges += [(n, i) for n, i in edge_of[0].next_functions if n is not None]
+    return list(found.values())
+
+
 def source_of(output: Tensor) -> GradientEdge:
     """Where in the graph an output was made, before it was only cast to another type.
 

@@ -62,6 +62,19 @@ def chosen_outputs(choose: Callable[[Any], Any]) -> Callable[[Any], list[Tensor]
     return find
 
 
+def tensors_of(result: Any, depth: int = 4) -> list[Tensor]:
+    """All tensors with a gradient in what a model returned, however deep."""
+    if isinstance(result, Tensor):
+        return [result] if result.requires_grad else []
+    if isinstance(result, Mapping):
+        parts: Sequence[Any] = list(result.values())
+    elif isinstance(result, (list, tuple)):
+        parts = result
+    else:
+        parts = list(getattr(result, "__dict__", {}).values())
+    return [tensor for part in parts if depth for tensor in tensors_of(part, depth - 1)]
+
+
 def _is_auxiliary(value: Tensor, logits: Tensor) -> bool:
     """Whether a tensor beside the logits is another classifier's, as in torchvision's models."""
     return value.requires_grad and value.dim() == logits.dim() and value.shape == logits.shape

@@ -703,7 +703,8 @@ class NaturalGradient(torch.optim.Optimizer):
                 "here"
                 if kinds
                 else "no product with their weights was found behind the model's output in the "
-                "backward pass (did the loss take another way than the output?)"
+                "backward pass (did the loss take another way than the output? output= may give "
+                "several tensors)"
             )
             + "; the first-order rule trains them",
         )
