@@ -21,7 +21,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from tekfac import verdict
-from tekfac.capture.compiled import stand_aside
+from tekfac.capture.compiled import stand_aside, stand_down
 from tekfac.capture.delivery import Delivery, Expected
 from tekfac.capture.examples import Examples, Order, projected
 from tekfac.capture.fisher import ExactFisher, Fisher
@@ -113,6 +113,8 @@ class Capture:
         orders: for a layer, how its rows were found to belong to examples.
         problem: what was wrong with what the model returned in evaluation mode.
         uncounted: outputs of which it is not known how many terms they have.
+        missed: whether compilers stopped standing aside, for an evaluation, and no pass that a step
+            could have been measured by was seen since.
     """
 
     def __init__(
@@ -136,6 +138,7 @@ class Capture:
         self.strange: dict[str, str] = {}
         self.orders: dict[str, Order] = {}
         self.uncounted: set[int] = set()
+        self.missed = self._late = False
         self._examples = Examples(batch_dim)
         self._fitted: dict[tuple[int, int], Likelihood | None] = {}
         self._settled: set[str] = set()
@@ -162,6 +165,12 @@ class Capture:
 
     def expect(self) -> None:
         """A step begins, and with it what its blocks want to know."""
+        # An evaluation has made the last step miss what it was to measure: not this one, too.
+        self._late, self.missed = self.missed, False
+        self.resume()
+
+    def resume(self) -> None:
+        """The forward passes of the step are about to come."""
         stand_aside(self, any(block.listening for block in self.blocks.values()))
 
     def flush(self) -> None:
@@ -190,11 +199,12 @@ class Capture:
 
     def _before_model(self, module: nn.Module, args: Any) -> None:
         self._unfused.close()
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() and not self._late:
             # Training pauses, or is over: compilers need not stand aside for what is evaluated.
-            stand_aside(self, False)
+            self.missed |= stand_down(self)
         if not self._looks():
             return
+        self.missed = False
         for name, candidate in self.candidates.items():
             if name in self.blocks:
                 candidate.check(name)
@@ -422,7 +432,8 @@ class Capture:
     def _reach(self, root: GradientEdge, cotangent: Tensor, wanted: Mapping[Use, Expected]) -> None:
         """Note which rows any term looks at, where a draw has only some of the terms."""
         generator = torch.Generator().manual_seed(0)
-        cotangent = cotangent * torch.randn(cotangent.shape, generator=generator).to(cotangent)
+        weights = torch.randn(cotangent.shape, generator=generator)
+        cotangent = cotangent * weights.to(cotangent, non_blocking=True)
 
         def received(use: Use, g: Tensor) -> None:
             wanted[use].reached = (use.reading.output_rows(g.detach()) != 0).flatten(1).any(1)

@@ -3,7 +3,9 @@
 A compiled network is one node in the autograd graph, whatever it multiplies. So from the end of one
 step to the end of the next, as long as that is to measure, ``torch.compile`` stands aside
 (``torch.compiler.set_stance``, which holds for the whole process). On all other steps a compiled
-network runs as it was compiled, without a hook of ours in it.
+network runs as it was compiled, without a hook of ours in it. An evaluation ends that early. What
+comes after it is compiled again, and seen by nobody; so the optimizer asks anew when gradients are
+cleared, and where even that was too early, measures one step later.
 """
 
 from __future__ import annotations
@@ -26,6 +28,27 @@ def stand_aside(holder: object, wanted: bool) -> None:
     elif not wanted:
         _holders.discard(holder)
     _update()
+
+
+def stand_down(holder: object) -> bool:
+    """End that, inside of a call that it was for; whether it was still wanted."""
+    wanted = holder in _holders
+    if wanted:
+        stand_aside(holder, False)
+        _excuse()
+    return wanted
+
+
+def _excuse() -> None:
+    """Have a compiler that may not leave anything out take this call for a compiled one.
+
+    With ``fullgraph=True`` it is an error if a call ends in which nothing was compiled; it began
+    while that was not asked for.
+    """
+    count = getattr(torch._C._dynamo.eval_frame, "set_fullgraph_compiled_frame_count", None)
+    if count is not None:  # torch 2.9 or so
+        before = count(-1)
+        count(1 if before == 0 else before)
 
 
 def _update() -> None:

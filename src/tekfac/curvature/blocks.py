@@ -106,7 +106,7 @@ class Block(ABC):
         self._units: Tensor | float = 0
         self._terms: Tensor | float = 0.0
         self.silent = False
-        """Measured, and found to get no gradient at all, before there was any estimate."""
+        """Looked at, and found to get no gradient at all, before there was any estimate."""
         self.work = 0
         """Multiplications of the layer's own passes in a step, by the last step measured."""
         self.discard()

@@ -532,7 +532,10 @@ class NaturalGradient(torch.optim.Optimizer):
             if block.pending and all(p.grad is None for p in block.layer.parameters):
                 block.discard()  # its gradients were cleared: there is nothing to step along
         self._choose_newcomers()
-        self._check_measured(capture, self._update_curvature(wanted))
+        troubled = self._update_curvature(wanted)
+        if not capture.missed:
+            self._check_measured(capture, troubled)
+        self._note_unused(capture)
         capture.discard()
         self._apply(wanted)
         done = [job for job in self._turns if not self._blocks[job.name].factors.empty]
@@ -556,7 +559,10 @@ class NaturalGradient(torch.optim.Optimizer):
         The host does not wait for it then. It has to know where a basis is made.
         """
         blocks = self._blocks.values()
-        return self._waits() and not any(block.empty or block.due.basis for block in blocks)
+        return self._waits() and not any(
+            block.due.basis or (block.listening and block.empty and not block.waiting)
+            for block in blocks
+        )
 
     def _waits(self) -> bool:
         """Whether reading from the device makes the host wait for work given to it before."""
@@ -566,6 +572,8 @@ class NaturalGradient(torch.optim.Optimizer):
         """Reset the gradients, and forget statistics taken since the last step along with them."""
         super().zero_grad(set_to_none)
         self._discard()
+        if self._capture is not None:
+            self._capture.resume()
 
     def _discard(self) -> None:
         for block in self._blocks.values():
@@ -589,6 +597,14 @@ class NaturalGradient(torch.optim.Optimizer):
 
     def _set_due(self) -> None:
         usual = self._due(self._position)
+        if self._capture is not None and self._capture.missed:
+            # What the last step was to measure, it has not seen.
+            missed = [block.due for block in self._blocks.values() if not block.factors.empty]
+            usual = replace(
+                usual,
+                factors=usual.factors or any(due.factors for due in missed),
+                scale=usual.scale or any(due.scale for due in missed),
+            )
         self._turns = self._choose()
         turns = {job.name for job in self._turns}
         for block in self._blocks.values():
@@ -665,6 +681,14 @@ class NaturalGradient(torch.optim.Optimizer):
 
     def _update_fc_scale(self) -> None:
         """Bring β of the fully-connected blocks up to date, where the method has it."""
+
+    def _note_unused(self, capture: Capture) -> None:
+        """Don't look out in every step for layers that a backward pass, seen whole, came not by."""
+        if not capture.reached_layers:
+            return
+        for block in self._blocks.values():
+            if block.listening and block.factors.empty and not block.pending:
+                block.silent |= block.name not in capture.reached_layers
 
     def _check_measured(self, capture: Capture, troubled: set[str]) -> None:
         """Raise or warn if layers have gradients but no curvature, and no known trouble."""

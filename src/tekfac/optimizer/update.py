@@ -56,10 +56,13 @@ def within_kl(
     kl_clip: float,
 ) -> dict[str, Tensor]:
     """All natural gradients times ``min(1, sqrt(kl_clip / Σ lr² ⟨u, ∇h⟩))``."""
-    inner = torch.zeros(())
-    for name, natural in naturals.items():
-        change = (natural * gradients[name]).sum()
-        inner = inner.to(change) + blocks[name].group["lr"] ** 2 * change
+    if not naturals:
+        return {}
+    changes = [
+        blocks[name].group["lr"] ** 2 * (natural * gradients[name]).sum()
+        for name, natural in naturals.items()
+    ]
+    inner = torch.stack([change.to(changes[0]) for change in changes]).sum()
     clip = (kl_clip / inner.clamp_min(torch.finfo(inner.dtype).tiny)).sqrt().clamp_max(1)
     return {name: natural * clip.to(natural) for name, natural in naturals.items()}
 
