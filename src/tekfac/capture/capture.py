@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
+from torch.nn.utils.parametrize import ParametrizationList
 from torch.utils.hooks import RemovableHandle
 
 from tekfac import verdict
@@ -66,6 +67,10 @@ class Observer(Protocol):
         """Forget what was given since the last step."""
 
 
+# An output: the name of the module that returned it ("" for the model), and its number there.
+Place = tuple[str, int]
+
+
 @dataclass(eq=False)
 class _Pass:
     """One forward pass through the model.
@@ -77,8 +82,8 @@ class _Pass:
         terms: of the first output that was reached, 0-dimensional.
     """
 
-    outputs: list[Tensor]
-    done: set[int] = field(default_factory=set)
+    outputs: dict[Place, Tensor] = field(default_factory=dict)
+    done: set[Place] = field(default_factory=set)
     given: set[str] = field(default_factory=set)
     terms: Tensor | None = None
 
@@ -86,8 +91,12 @@ class _Pass:
 class Capture:
     """Hooks on a model that give its blocks their samples.
 
-    Only forward passes through the model itself, with gradients enabled, are seen, and only by
-    blocks that are `listening`; of backward passes only those that leave something in ``.grad``.
+    Only forward passes through the model, with gradients enabled, are seen, and only by blocks that
+    are `listening`; of backward passes only those that leave something in ``.grad``.
+
+    A model that is never called itself is one whose parts are: a LightningModule, whose
+    ``training_step`` calls ``self.net``. Then what the outermost calls of its parts return is taken
+    for its outputs, as far as nothing that another of them returned is made of it.
 
     Args:
         model: what the training loop calls.
@@ -99,6 +108,7 @@ class Capture:
         mean_over: "terms" or "examples": what the user's loss, and the matrix, is a mean over.
         batch_dim: the dimension that counts examples in layers' inputs and in the output, where
             they have more than one before the last; None to find out.
+        called: whether it is known already that the model itself is called.
 
     Attributes:
         passes: backward passes measured so far.
@@ -109,6 +119,7 @@ class Capture:
         orders: for a layer, how its rows were found to belong to examples.
         problem: what was wrong with what the model returned in evaluation mode.
         uncounted: outputs of which it is not known how many terms they have.
+        called: whether the model itself was called, so that calls of its parts say nothing.
     """
 
     def __init__(
@@ -121,6 +132,7 @@ class Capture:
         outputs: Callable[[Any], list[Tensor]],
         mean_over: str = "terms",
         batch_dim: int | None = None,
+        called: bool = False,
     ) -> None:
         self.owner, self.candidates = assignment.owner, assignment.candidates
         self.blocks, self.fisher = blocks, fisher
@@ -131,12 +143,16 @@ class Capture:
         self.reached_layers: set[str] = set()
         self.strange: dict[str, str] = {}
         self.orders: dict[str, Order] = {}
-        self.uncounted: set[int] = set()
+        self.uncounted: set[Place] = set()
+        self.called = called
         self._examples = Examples(batch_dim)
-        self._fitted: dict[tuple[int, int], Likelihood | None] = {}
+        self._fitted: dict[tuple[Place, int], Likelihood | None] = {}
         self._settled: set[str] = set()
         self._waiting: list[Delivery] = []
         self._task = -1
+        self._behind: set[int] = set()
+        self._parts: _Pass | None = None
+        self._outermost: nn.Module | None = None
         self._unfused = ExitStack()
         self._recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
         for module in model.modules():
@@ -145,17 +161,26 @@ class Capture:
             model.register_forward_pre_hook(Hook(self, "_before_model")),
             model.register_forward_hook(Hook(self, "_after_model"), always_call=True),
         ]
+        self._names = {} if called else parts_of(model, blocks)
+        self._part_handles: list[RemovableHandle] = []
+        for module in self._names:
+            self._part_handles += [
+                module.register_forward_pre_hook(Hook(self, "_before_part")),
+                module.register_forward_hook(Hook(self, "_after_part"), always_call=True),
+            ]
 
     def close(self) -> None:
         """Remove all hooks. Harmless when done twice."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._leave_parts()
         self.discard()
         stand_aside(self, False)
 
     def expect(self) -> None:
         """A step begins, and with it what its blocks want to know."""
+        self._parts = self._outermost = None
         stand_aside(self, any(block.listening for block in self.blocks.values()))
 
     def flush(self) -> None:
@@ -182,10 +207,53 @@ class Capture:
         )
 
     def _before_model(self, module: nn.Module, args: Any) -> None:
+        if torch.is_grad_enabled():
+            self.called = True
+            self._leave_parts()
+        self._before()
+
+    def _after_model(self, module: nn.Module, args: Any, result: Any) -> None:
         self._unfused.close()
-        if not torch.is_grad_enabled():
-            # Training pauses, or is over: compilers need not stand aside for what is evaluated.
-            stand_aside(self, False)
+        if result is None or not self._looks():  # None: the forward has failed
+            return
+        try:
+            self._note(_Pass(), "", result)
+        except ValueError as error:
+            if module.training:
+                raise
+            self.problem = error  # evaluation may do as it likes; a step will say it
+
+    def _before_part(self, module: nn.Module, args: Any) -> None:
+        # What activation checkpointing runs again in the backward pass is no call of the user's.
+        if self._outermost is None and torch._C._current_graph_task_id() == -1:
+            self._outermost = module
+            self._before()
+
+    def _after_part(self, module: nn.Module, args: Any, result: Any) -> None:
+        if module is not self._outermost:
+            return
+        self._outermost = None
+        self._unfused.close()
+        if result is None or not self._looks():
+            return
+        name = self._names[module]
+        if self._parts is None or any(name == place for place, _ in self._parts.outputs):
+            self._parts = _Pass()
+        try:
+            self._note(self._parts, name, result)
+        # A function of the user's that finds the logits may not know what this part returns.
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
+            self.problem = ValueError(f"of what {name!r} returned: {error}")
+
+    def _leave_parts(self) -> None:
+        """Calls of the model's parts are not listened to any more."""
+        for handle in self._part_handles:
+            handle.remove()
+        self._part_handles.clear()
+
+    def _before(self) -> None:
+        """A forward pass begins."""
+        self._unfused.close()
         if not self._looks():
             return
         for name, candidate in self.candidates.items():
@@ -198,44 +266,39 @@ class Capture:
                 self._unfused.callback(setattr, backend, "enabled", backend.enabled)
                 backend.enabled = False
 
-    def _after_model(self, module: nn.Module, args: Any, result: Any) -> None:
-        self._unfused.close()
-        if result is None or not self._looks():  # None: the forward has failed
-            return
-        try:
-            self._note(result)
-        except ValueError as error:
-            if module.training:
-                raise
-            self.problem = error  # evaluation may do as it likes; a step will say it
-
-    def _note(self, result: Any) -> None:
-        """Wait for a backward pass from what the model returned."""
+    def _note(self, here: _Pass, name: str, result: Any) -> None:
+        """Wait for a backward pass from what the model, or a part of it, returned."""
         found = self.outputs(result)
         if len(self.likelihoods) not in (1, len(found)):
             raise ValueError(
                 f"{len(self.likelihoods)} likelihoods were given, but the model has {len(found)} "
                 "outputs: give one for each, or output= to pick the right tensors"
             )
-        here = _Pass([output.detach() for output in found])
+        if self.fisher is not None:
+            for number, output in enumerate(found):
+                self._likelihood((name, number)).check(output)
         for number, output in enumerate(found):
-            if self.fisher is not None:
-                self._likelihood(number).check(output)
+            place = name, number
+            here.outputs[place] = output.detach()
             if output.requires_grad:
                 # What the user changes in place later is not what the labels are drawn from.
-                here.outputs[number] = output.detach().clone()
+                here.outputs[place] = output.detach().clone()
                 edge = source_of(output)
-                edge.node.register_prehook(_Reached(self, here, number, edge.output_nr))
+                edge.node.register_prehook(_Reached(self, here, place, edge.output_nr))
 
-    def _likelihood(self, number: int) -> Likelihood:
-        return self.likelihoods[number if len(self.likelihoods) > 1 else 0]
+    def _likelihood(self, place: Place) -> Likelihood:
+        return self.likelihoods[place[1] if len(self.likelihoods) > 1 else 0]
 
     # -- backward ----------------------------------------------------------------------------------
 
-    def reached(self, here: _Pass, number: int, root: GradientEdge, gradient: Tensor) -> None:
+    def reached(self, here: _Pass, place: Place, root: GradientEdge, gradient: Tensor) -> None:
         """The user's backward pass has reached an output of the network."""
         closed = not self._handles
-        if closed or measuring() or number in here.done:
+        if closed or measuring() or place in here.done:
+            return
+        task = torch._C._current_graph_task_id()
+        part = place[0] != ""
+        if part and (self.called or (task == self._task and _number(root.node) in self._behind)):
             return
         layers = {name: block.layer for name, block in self.blocks.items()}
         found = search(root.node, self.owner, layers)
@@ -246,7 +309,7 @@ class Capture:
         uses = found.counted()
         if not uses:
             return
-        here.done.add(number)
+        here.done.add(place)
         self.passes += 1
         self.reached_layers.update(use.name for use in uses)
         # Of a batch that is empty or not finite there is nothing to be learnt.
@@ -255,12 +318,14 @@ class Capture:
         if not verdict.waits(gradient.device) and not bool(gradient.isfinite().all()):
             return
         with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
-            task = torch._C._current_graph_task_id()
             if task != self._task:
                 self._task = task
+                self._behind.clear()
                 self._begin()
+            if part:
+                self._behind.update(map(_number, found.nodes))
             self._settle(found, uses)
-            self._measure(here, number, root, gradient, uses)
+            self._measure(here, place, root, gradient, uses)
 
     def _begin(self) -> None:
         """A backward pass begins: forget what came along with gradients that are gone by now."""
@@ -293,13 +358,13 @@ class Capture:
     def _measure(
         self,
         here: _Pass,
-        number: int,
+        place: Place,
         root: GradientEdge,
         gradient: Tensor,
         uses: list[Use],
     ) -> None:
-        output = here.outputs[number]
-        likelihood = self._fit(number, output, gradient)
+        output = here.outputs[place]
+        likelihood = self._fit(place, output, gradient)
 
         def projections(cotangent: Tensor, some: Sequence[Use]) -> list[Tensor | None]:
             rows: dict[Use, Tensor] = {}
@@ -376,19 +441,19 @@ class Capture:
         with own_pass():
             go_through(root, cotangent, list(wanted), received)
 
-    def _fit(self, number: int, output: Tensor, gradient: Tensor) -> Likelihood | None:
+    def _fit(self, place: Place, output: Tensor, gradient: Tensor) -> Likelihood | None:
         """The likelihood of an output; None if it is not known, which "empirical" can bear."""
-        key = number, output.dim()
+        key = place, output.dim()
         if key in self._fitted:
             return self._fitted[key]
         fitted: Likelihood | None = None
         try:
-            self._likelihood(number).check(output)
-            fitted = self._likelihood(number).fitted(output, gradient)
+            self._likelihood(place).check(output)
+            fitted = self._likelihood(place).fitted(output, gradient)
         except ValueError:
             if self.fisher is not None:
                 raise
-            self.uncounted.add(number)
+            self.uncounted.add(place)
         if bool((gradient != 0).any()):
             self._fitted[key] = fitted
         return fitted
@@ -436,14 +501,14 @@ class _Reached:
 
     capture: Capture
     here: _Pass
+    place: Place
     number: int
-    place: int
 
     def __call__(self, gradients: tuple[Tensor | None, ...]) -> None:
-        gradient = gradients[self.place]
+        gradient = gradients[self.number]
         if gradient is not None:
-            root = GradientEdge(torch._C._current_autograd_node(), self.place)
-            self.capture.reached(self.here, self.number, root, gradient)
+            root = GradientEdge(torch._C._current_autograd_node(), self.number)
+            self.capture.reached(self.here, self.place, root, gradient)
 
 
 @dataclass(eq=False)
@@ -463,3 +528,25 @@ def cleared(parameters: Sequence[nn.Parameter]) -> bool:
     """Whether the gradients that were there are gone, by whoever cleared them."""
     grads = [p.grad for p in parameters if p.grad is not None]
     return not grads or not any(bool(grad.any()) for grad in grads)
+
+
+def parts_of(model: nn.Module, blocks: Mapping[str, Observer]) -> dict[nn.Module, str]:
+    """The modules inside of a model that have layers in them, and their names."""
+    layers = {p for block in blocks.values() for p in block.layer.parameters}
+    own = {
+        each for m in model.modules() if isinstance(m, ParametrizationList) for each in m.modules()
+    }
+    return {
+        module: name
+        for name, module in model.named_modules()
+        if module is not model
+        and module not in own
+        and not isinstance(module, torch.jit.ScriptModule)
+        and not layers.isdisjoint(module.parameters())
+    }
+
+
+def _number(node: Any) -> int:
+    """What tells a node from others without keeping it, and with it the graph, alive."""
+    number: int = node._sequence_nr()
+    return number

@@ -4,6 +4,9 @@ A compiled network is one node in the autograd graph, whatever it multiplies. So
 step to the end of the next, as long as that is to measure, ``torch.compile`` stands aside
 (``torch.compiler.set_stance``, which holds for the whole process). On all other steps a compiled
 network runs as it was compiled, without a hook of ours in it.
+
+What is evaluated before a step that measures is not compiled either: whether training goes on with
+the next call is not to be seen, and once a compiled network runs nothing of ours does.
 """
 
 from __future__ import annotations
