@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -668,6 +669,33 @@ def test_compiled_model(backend: str, fisher: str) -> None:
     for p, q in zip(model.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
     assert optimizer.counters == plain.counters
+
+
+def test_whole_graphs_with_evaluation_in_between() -> None:
+    """``fullgraph=True`` compiles, and every step that is due to measure does."""
+    gc.collect()  # other tests' optimizers, for which compilers may still stand aside
+    torch._dynamo.reset()
+    compilations: list[Any] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        compilations.append(graph)
+        return graph.forward
+
+    model, other = Network(), Network()
+    for m, call in ((model, torch.compile(model, fullgraph=True, backend=backend)), (other, other)):
+        torch.manual_seed(1)
+        optimizer = tekfac.TEKFAC(m)
+        for step in range(24):
+            x, y = batch(step % 8)
+            with torch.no_grad():
+                call(x)
+            optimizer.zero_grad()
+            F.cross_entropy(call(x), y).backward()
+            optimizer.step()
+        optimizer.close()
+    assert compilations
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
 
 
 # -- models of other kinds -------------------------------------------------------------------------

@@ -7,7 +7,13 @@ and the training loop stays as it is.
 
 from tekfac.capture.graph import measuring
 from tekfac.capture.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
-from tekfac.curvature.damping import FactoredDamping, MeanDamping, RelativeDamping, TraceDamping
+from tekfac.curvature.damping import (
+    DampingRule,
+    FactoredDamping,
+    MeanDamping,
+    RelativeDamping,
+    TraceDamping,
+)
 from tekfac.methods.ekfac import EKFAC
 from tekfac.methods.kfac import KFAC
 from tekfac.methods.tekfac import TEKFAC
@@ -25,6 +31,7 @@ __all__ = [
     "Adam",
     "Bernoulli",
     "Categorical",
+    "DampingRule",
     "FactoredDamping",
     "Gaussian",
     "Likelihood",

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.nn.utils.parametrize import ParametrizationList
 from torch.utils.hooks import RemovableHandle
 
 from tekfac import verdict
@@ -68,6 +69,10 @@ class Observer(Protocol):
         """Forget what was given since the last step."""
 
 
+# An output: the name of the module that returned it ("" for the model), and its number there.
+Place = tuple[str, int]
+
+
 @dataclass(eq=False)
 class _Pass:
     """One forward pass through the model.
@@ -80,9 +85,9 @@ class _Pass:
         terms: of the first output that was reached, 0-dimensional.
     """
 
-    outputs: list[Tensor] = field(default_factory=list)
-    likelihoods: list[Likelihood] = field(default_factory=list)
-    done: set[int] = field(default_factory=set)
+    outputs: dict[Place, Tensor] = field(default_factory=dict)
+    likelihoods: dict[Place, Likelihood] = field(default_factory=dict)
+    done: set[Place] = field(default_factory=set)
     given: set[str] = field(default_factory=set)
     terms: Tensor | None = None
 
@@ -90,8 +95,12 @@ class _Pass:
 class Capture:
     """Hooks on a model that give its blocks their samples.
 
-    Only forward passes through the model itself, with gradients enabled, are seen, and only by
-    blocks that are `listening`; of backward passes only those that leave something in ``.grad``.
+    Only forward passes through the model, with gradients enabled, are seen, and only by blocks that
+    are `listening`; of backward passes only those that leave something in ``.grad``.
+
+    A model that is never called itself is one whose parts are: a LightningModule, whose
+    ``training_step`` calls ``self.net``. Then what the outermost calls of its parts return is taken
+    for its outputs, as far as nothing that another of them returned is made of it.
 
     Args:
         model: what the training loop calls.
@@ -103,6 +112,7 @@ class Capture:
         mean_over: "terms" or "examples": what the user's loss, and the matrix, is a mean over.
         batch_dim: the dimension that counts examples in layers' inputs and in the output, where
             they have more than one before the last; None to find out.
+        called: whether it is known already that the model itself is called.
 
     Attributes:
         passes: backward passes measured so far.
@@ -115,6 +125,7 @@ class Capture:
         uncounted: outputs of which it is not known how many terms they have.
         missed: whether compilers stopped standing aside, for an evaluation, and no pass that a step
             could have been measured by was seen since.
+        called: whether the model itself was called, so that calls of its parts say nothing.
     """
 
     def __init__(
@@ -127,6 +138,7 @@ class Capture:
         outputs: Callable[[Any], list[Tensor]],
         mean_over: str = "terms",
         batch_dim: int | None = None,
+        called: bool = False,
     ) -> None:
         self.owner, self.candidates = assignment.owner, assignment.candidates
         self.blocks, self.fisher = blocks, fisher
@@ -137,15 +149,19 @@ class Capture:
         self.reached_layers: set[str] = set()
         self.strange: dict[str, str] = {}
         self.orders: dict[str, Order] = {}
-        self.uncounted: set[int] = set()
+        self.uncounted: set[Place] = set()
         self.missed = self._late = False
+        self.called = called
         self._examples = Examples(batch_dim)
-        self._fitted: dict[tuple[int, int], Likelihood | None] = {}
+        self._fitted: dict[tuple[Place, int], Likelihood | None] = {}
         self._settled: set[str] = set()
         self._waiting: list[Delivery] = []
         self._task = -1
         # Outputs that output= made, of the last forward pass, whose graph they hold.
-        self._made: dict[int, Tensor] = {}
+        self._made: dict[Place, Tensor] = {}
+        self._behind: set[int] = set()
+        self._parts: _Pass | None = None
+        self._outermost: nn.Module | None = None
         self._unfused = ExitStack()
         self._recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
         for module in model.modules():
@@ -154,12 +170,20 @@ class Capture:
             model.register_forward_pre_hook(Hook(self, "_before_model")),
             model.register_forward_hook(Hook(self, "_after_model"), always_call=True),
         ]
+        self._names = {} if called else parts_of(model, blocks)
+        self._part_handles: list[RemovableHandle] = []
+        for module in self._names:
+            self._part_handles += [
+                module.register_forward_pre_hook(Hook(self, "_before_part")),
+                module.register_forward_hook(Hook(self, "_after_part"), always_call=True),
+            ]
 
     def close(self) -> None:
         """Remove all hooks. Harmless when done twice."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._leave_parts()
         self.discard()
         stand_aside(self, False)
 
@@ -167,6 +191,7 @@ class Capture:
         """A step begins, and with it what its blocks want to know."""
         # An evaluation has made the last step miss what it was to measure: not this one, too.
         self._late, self.missed = self.missed, False
+        self._parts = self._outermost = None
         self.resume()
 
     def resume(self) -> None:
@@ -198,6 +223,52 @@ class Capture:
         )
 
     def _before_model(self, module: nn.Module, args: Any) -> None:
+        if torch.is_grad_enabled():
+            self.called = True
+            self._leave_parts()
+        self._before()
+
+    def _after_model(self, module: nn.Module, args: Any, result: Any) -> None:
+        self._unfused.close()
+        if result is None or not self._looks():  # None: the forward has failed
+            return
+        try:
+            self._note(_Pass(), "", result)
+        except ValueError as error:
+            if module.training:
+                raise
+            self.problem = error  # evaluation may do as it likes; a step will say it
+
+    def _before_part(self, module: nn.Module, args: Any) -> None:
+        # What activation checkpointing runs again in the backward pass is no call of the user's.
+        if self._outermost is None and torch._C._current_graph_task_id() == -1:
+            self._outermost = module
+            self._before()
+
+    def _after_part(self, module: nn.Module, args: Any, result: Any) -> None:
+        if module is not self._outermost:
+            return
+        self._outermost = None
+        self._unfused.close()
+        if result is None or not self._looks():
+            return
+        name = self._names[module]
+        if self._parts is None or any(name == place for place, _ in self._parts.outputs):
+            self._parts = _Pass()
+        try:
+            self._note(self._parts, name, result)
+        # A function of the user's that finds the logits may not know what this part returns.
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
+            self.problem = ValueError(f"of what {name!r} returned: {error}")
+
+    def _leave_parts(self) -> None:
+        """Calls of the model's parts are not listened to any more."""
+        for handle in self._part_handles:
+            handle.remove()
+        self._part_handles.clear()
+
+    def _before(self) -> None:
+        """A forward pass begins."""
         self._unfused.close()
         if not torch.is_grad_enabled() and not self._late:
             # Training pauses, or is over: compilers need not stand aside for what is evaluated.
@@ -215,19 +286,8 @@ class Capture:
                 self._unfused.callback(setattr, backend, "enabled", backend.enabled)
                 backend.enabled = False
 
-    def _after_model(self, module: nn.Module, args: Any, result: Any) -> None:
-        self._unfused.close()
-        if result is None or not self._looks():  # None: the forward has failed
-            return
-        try:
-            self._note(result)
-        except ValueError as error:
-            if module.training:
-                raise
-            self.problem = error  # evaluation may do as it likes; a step will say it
-
-    def _note(self, result: Any) -> None:
-        """Wait for a backward pass from what the model returned."""
+    def _note(self, here: _Pass, name: str, result: Any) -> None:
+        """Wait for a backward pass from what the model, or a part of it, returned."""
         found = self.outputs(result)
         if len(self.likelihoods) not in (1, len(found)):
             raise ValueError(
@@ -237,65 +297,71 @@ class Capture:
         returned = tensors_of(result)
         likelihoods = list(self.likelihoods)
         likelihoods *= len(found) if len(likelihoods) == 1 else 1
-        here = _Pass()
-        self._made.clear()
+        waited: list[tuple[Tensor, Likelihood, list[Tensor]]] = []
         for output, likelihood in zip(found, likelihoods, strict=True):
             if not output.requires_grad or any(output is each for each in returned):
-                self._wait(here, output, likelihood)
+                waited.append((output, likelihood, []))
             elif getattr(likelihood, "dim", 0) is None:
                 # Which dimension holds the classes is judged by the loss, which is not made of what
                 # output= made: by the tensors, then, that this was made of.
-                for each in behind(output, returned):
-                    self._wait(here, each, likelihood)
+                waited += [(each, likelihood, []) for each in behind(output, returned)]
             else:
-                self._made[len(here.outputs)] = output
-                self._wait(here, output, likelihood, behind(output, returned))
+                waited.append((output, likelihood, behind(output, returned)))
+        if self.fisher is not None:
+            for output, likelihood, _ in waited:
+                likelihood.check(output)
+        self._made.clear()
+        for number, (output, likelihood, made_of) in enumerate(waited):
+            self._wait(here, (name, number), output, likelihood, made_of)
 
     def _wait(
         self,
         here: _Pass,
+        place: Place,
         output: Tensor,
         likelihood: Likelihood,
-        made_of: Sequence[Tensor] = (),
+        made_of: Sequence[Tensor],
     ) -> None:
         """Wait for the backward pass to reach an output, or one of what it was made of."""
-        number = len(here.outputs)
-        here.outputs.append(output.detach())
-        here.likelihoods.append(likelihood)
-        if self.fisher is not None:
-            likelihood.check(output)
+        here.outputs[place], here.likelihoods[place] = output.detach(), likelihood
         if not output.requires_grad:
             return
         # What the user changes in place later is not what the labels are drawn from.
-        here.outputs[number] = output.detach().clone()
+        here.outputs[place] = output.detach().clone()
+        if made_of:
+            self._made[place] = output
         for each in made_of:
             edge = source_of(each)
-            edge.node.register_prehook(_ReachedBehind(self, here, number, edge.output_nr))
+            edge.node.register_prehook(_ReachedBehind(self, here, place, edge.output_nr))
         if not made_of:
             edge = source_of(output)
-            edge.node.register_prehook(_Reached(self, here, number, edge.output_nr))
+            edge.node.register_prehook(_Reached(self, here, place, edge.output_nr))
 
     # -- backward ----------------------------------------------------------------------------------
 
-    def reached_behind(self, here: _Pass, number: int) -> None:
+    def reached_behind(self, here: _Pass, place: Place) -> None:
         """The user's backward pass has reached a tensor that an output was made of."""
-        output = self._made.get(number)
-        if output is not None and number not in here.done:
-            self.reached(here, number, get_gradient_edge(output), None)
+        output = self._made.get(place)
+        if output is not None and place not in here.done:
+            self.reached(here, place, get_gradient_edge(output), None)
 
     def reached(
-        self, here: _Pass, number: int, root: GradientEdge, gradient: Tensor | None
+        self, here: _Pass, place: Place, root: GradientEdge, gradient: Tensor | None
     ) -> None:
         """The user's backward pass has reached an output of the network.
 
         Args:
             here: the forward pass that it came from.
-            number: the output's.
+            place: the output's.
             root: where it is in the graph.
             gradient: of the loss by it; None if the loss is not made of it.
         """
         closed = not self._handles
-        if closed or measuring() or number in here.done:
+        if closed or measuring() or place in here.done:
+            return
+        task = torch._C._current_graph_task_id()
+        part = place[0] != ""
+        if part and (self.called or (task == self._task and _number(root.node) in self._behind)):
             return
         layers = {name: block.layer for name, block in self.blocks.items()}
         found = search(root.node, self.owner, layers)
@@ -306,22 +372,24 @@ class Capture:
         uses = found.counted()
         if not uses:
             return
-        here.done.add(number)
+        here.done.add(place)
         self.passes += 1
         self.reached_layers.update(use.name for use in uses)
         # Of a batch that is empty or not finite there is nothing to be learnt.
-        seen = here.outputs[number] if gradient is None else gradient
+        seen = here.outputs[place] if gradient is None else gradient
         if not seen.numel():
             return
         if not verdict.waits(seen.device) and not bool(seen.isfinite().all()):
             return
         with torch.no_grad(), torch.autocast(seen.device.type, enabled=False):
-            task = torch._C._current_graph_task_id()
             if task != self._task:
                 self._task = task
+                self._behind.clear()
                 self._begin()
+            if part:
+                self._behind.update(map(_number, found.nodes))
             self._settle(found, uses)
-            self._measure(here, number, root, gradient, uses)
+            self._measure(here, place, root, gradient, uses)
 
     def _begin(self) -> None:
         """A backward pass begins: forget what came along with gradients that are gone by now."""
@@ -354,14 +422,14 @@ class Capture:
     def _measure(
         self,
         here: _Pass,
-        number: int,
+        place: Place,
         root: GradientEdge,
         gradient: Tensor | None,
         uses: list[Use],
     ) -> None:
-        output = here.outputs[number]
+        output = here.outputs[place]
         dtype = output.dtype if gradient is None else gradient.dtype
-        likelihood = self._fit(here.likelihoods[number], number, output, gradient)
+        likelihood = self._fit(here.likelihoods[place], place, output, gradient)
 
         def projections(cotangent: Tensor, some: Sequence[Use]) -> list[Tensor | None]:
             rows: dict[Use, Tensor] = {}
@@ -442,12 +510,12 @@ class Capture:
             go_through(root, cotangent, list(wanted), received)
 
     def _fit(
-        self, given: Likelihood, number: int, output: Tensor, gradient: Tensor | None
+        self, given: Likelihood, place: Place, output: Tensor, gradient: Tensor | None
     ) -> Likelihood | None:
         """The likelihood of an output; None if it is not known, which "empirical" can bear."""
         if gradient is None:
             return given
-        key = number, output.dim()
+        key = place, output.dim()
         if key in self._fitted:
             return self._fitted[key]
         fitted: Likelihood | None = None
@@ -457,7 +525,7 @@ class Capture:
         except ValueError:
             if self.fisher is not None:
                 raise
-            self.uncounted.add(number)
+            self.uncounted.add(place)
         if bool((gradient != 0).any()):
             self._fitted[key] = fitted
         return fitted
@@ -505,14 +573,14 @@ class _Reached:
 
     capture: Capture
     here: _Pass
+    place: Place
     number: int
-    place: int
 
     def __call__(self, gradients: tuple[Tensor | None, ...]) -> None:
-        gradient = gradients[self.place]
+        gradient = gradients[self.number]
         if gradient is not None:
-            root = GradientEdge(torch._C._current_autograd_node(), self.place)
-            self.capture.reached(self.here, self.number, root, gradient)
+            root = GradientEdge(torch._C._current_autograd_node(), self.number)
+            self.capture.reached(self.here, self.place, root, gradient)
 
 
 @dataclass(eq=False)
@@ -521,12 +589,12 @@ class _ReachedBehind:
 
     capture: Capture
     here: _Pass
+    place: Place
     number: int
-    place: int
 
     def __call__(self, gradients: tuple[Tensor | None, ...]) -> None:
-        if gradients[self.place] is not None:
-            self.capture.reached_behind(self.here, self.number)
+        if gradients[self.number] is not None:
+            self.capture.reached_behind(self.here, self.place)
 
 
 @dataclass(eq=False)
@@ -546,3 +614,25 @@ def cleared(parameters: Sequence[nn.Parameter]) -> bool:
     """Whether the gradients that were there are gone, by whoever cleared them."""
     grads = [p.grad for p in parameters if p.grad is not None]
     return not grads or not any(bool(grad.any()) for grad in grads)
+
+
+def parts_of(model: nn.Module, blocks: Mapping[str, Observer]) -> dict[nn.Module, str]:
+    """The modules inside of a model that have layers in them, and their names."""
+    layers = {p for block in blocks.values() for p in block.layer.parameters}
+    own = {
+        each for m in model.modules() if isinstance(m, ParametrizationList) for each in m.modules()
+    }
+    return {
+        module: name
+        for name, module in model.named_modules()
+        if module is not model
+        and module not in own
+        and not isinstance(module, torch.jit.ScriptModule)
+        and not layers.isdisjoint(module.parameters())
+    }
+
+
+def _number(node: Any) -> int:
+    """What tells a node from others without keeping it, and with it the graph, alive."""
+    number: int = node._sequence_nr()
+    return number

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tekfac.curvature import costs
 from tekfac.curvature.basis import Basis
-from tekfac.curvature.damping import FactoredDamping, damping_of
+from tekfac.curvature.damping import FactoredDamping, Measured, damping_of
 from tekfac.curvature.factors import Factors
 from tekfac.curvature.linalg import completed
 from tekfac.curvature.ranks import ranks_of
@@ -454,7 +454,8 @@ class Block(ABC):
             return self.fc_scale * self.fisher_trace()
 
         dtype = self._require_basis().input_values.dtype
-        return damping_of(self.group["damping"], trace, self._row_norm, self.dim, dtype)
+        measured = Measured(trace, self._row_norm, self.dim, dtype)
+        return damping_of(self.group["damping"], measured)
 
     def _require_basis(self) -> Basis:
         if self.empty or self.basis is None:

@@ -1,10 +1,14 @@
-"""How much of the identity is added to a curvature block before it is inverted."""
+"""How much of the identity is added to a curvature block before it is inverted.
+
+A rule is a class in this file, or anywhere: a `DampingRule` with one number and a λ.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import get_args
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -13,7 +17,44 @@ from tekfac.checks import check_positive
 
 
 @dataclass(frozen=True)
-class MeanDamping:
+class Measured:
+    """What is known of a block that a rule may go by.
+
+    Args:
+        trace: gives the trace of the block; not every rule asks for it.
+        row_norm: mean squared norm of the rows of the layer's weight, 0-dimensional.
+        dim: the block's rows.
+        dtype: its precision.
+    """
+
+    trace: Callable[[], Tensor]
+    row_norm: Tensor
+    dim: int
+    dtype: torch.dtype
+
+
+class DampingRule(ABC):
+    """A damping λ of each layer's own: a frozen dataclass with one number as its only field.
+
+    A state holds a rule by its class's name and that number, so that a rule of your own loads
+    wherever its class has been imported.
+    """
+
+    rules: ClassVar[dict[str, type[DampingRule]]] = {}
+    of_the_paper: ClassVar[bool] = False
+    """Whether it is (3.5), which the paper defines for TKFAC and TEKFAC alone."""
+
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        super().__init_subclass__(**kwargs)
+        DampingRule.rules[cls.__name__] = cls
+
+    @abstractmethod
+    def of(self, block: Measured) -> Tensor | float:
+        """The damping λ of a block, a number or 0-dimensional, positive."""
+
+
+@dataclass(frozen=True)
+class MeanDamping(DampingRule):
     """Damping relative to each layer's own curvature.
 
     Layer ``l`` gets ``λ_l = ratio · tr F_l / dim F_l``, this part of its block's mean eigenvalue:
@@ -37,9 +78,14 @@ class MeanDamping:
     def __post_init__(self) -> None:
         check_positive("MeanDamping's ratio", self.ratio)
 
+    def of(self, block: Measured) -> Tensor | float:
+        # Of a layer without any curvature, nothing is to be said: finite, and small.
+        smallest = torch.finfo(block.dtype).eps ** 2
+        return (self.ratio / block.dim * block.trace()).clamp_min(smallest)
+
 
 @dataclass(frozen=True)
-class TraceDamping:
+class TraceDamping(DampingRule):
     """Damping that follows each layer's curvature (paper, 3.5).
 
     Layer ``l`` gets ``λ_l = max(tr F_l, ν) / dim F_l``: the mean eigenvalue of its own block, kept
@@ -54,14 +100,18 @@ class TraceDamping:
         ValueError: if ``nu`` is not a positive finite number.
     """
 
+    of_the_paper = True
     nu: float = 1e-2
 
     def __post_init__(self) -> None:
         check_positive("TraceDamping's nu", self.nu)
 
+    def of(self, block: Measured) -> Tensor | float:
+        return block.trace().clamp_min(self.nu) / block.dim
+
 
 @dataclass(frozen=True)
-class FactoredDamping:
+class FactoredDamping(DampingRule):
     """The damping that KFAC and TKFAC have, for EKFAC and TEKFAC too.
 
     KFAC's ``(A + π√λ I) ⊗ (G + √λ/π I)`` adds ``π√λ I ⊗ G + √λ/π A ⊗ I + λ I`` to its block, and
@@ -83,6 +133,9 @@ class FactoredDamping:
 
     def __post_init__(self) -> None:
         check_positive(f"{type(self).__name__}'s damping", self.damping)
+
+    def of(self, block: Measured) -> Tensor | float:
+        return max(self.damping, torch.finfo(block.dtype).tiny)
 
 
 @dataclass(frozen=True)
@@ -107,71 +160,61 @@ class RelativeDamping(FactoredDamping):
         ValueError: if ``damping`` is not a positive finite number.
     """
 
-
-Rule = MeanDamping | TraceDamping | FactoredDamping | RelativeDamping
-Damping = float | Rule
-
-RULES: dict[str, type[Rule]] = {rule.__name__: rule for rule in get_args(Rule)}
+    def of(self, block: Measured) -> Tensor | float:
+        smallest = torch.finfo(block.dtype).tiny
+        return (self.damping / block.row_norm.clamp_min(1)).clamp_min(smallest)
 
 
-def damping_of(
-    rule: Damping,
-    block_trace: Callable[[], Tensor],
-    row_norm: Tensor,
-    dim: int,
-    dtype: torch.dtype,
-) -> Tensor | float:
+Damping = float | DampingRule
+
+
+def damping_of(damping: Damping, block: Measured) -> Tensor | float:
     """The damping λ of a block, a number or 0-dimensional.
 
-    Args:
-        rule: what the user gave.
-        block_trace: gives the block's trace; not every rule asks for it.
-        row_norm: mean squared norm of the rows of the layer's weight, 0-dimensional.
-        dim: the block's rows.
-        dtype: the block's precision.
+    A number too small for the block's precision must not become a division by 0.
     """
-    if isinstance(rule, TraceDamping):
-        return block_trace().clamp_min(rule.nu) / dim
-    if isinstance(rule, MeanDamping):
-        # Of a layer without any curvature, nothing is to be said: finite, and small.
-        return (rule.ratio / dim * block_trace()).clamp_min(torch.finfo(dtype).eps ** 2)
-    # A number too small for the block's precision must not become a division by 0.
-    tiny = torch.finfo(dtype).tiny
-    if isinstance(rule, RelativeDamping):
-        return (rule.damping / row_norm.clamp_min(1)).clamp_min(tiny)
-    return max(rule.damping if isinstance(rule, FactoredDamping) else rule, tiny)
+    if isinstance(damping, DampingRule):
+        return damping.of(block)
+    return max(damping, torch.finfo(block.dtype).tiny)
 
 
 def packed_damping(rule: Damping) -> float | dict[str, float]:
     """The rule as a ``state_dict`` holds it: a number, by its rule's name if it has one."""
-    if isinstance(rule, Rule):
-        return {type(rule).__name__: next(iter(asdict(rule).values()))}
+    if isinstance(rule, DampingRule):
+        return {type(rule).__name__: next(iter(asdict(rule).values()))}  # type: ignore[call-overload]
     return rule
 
 
 def unpacked_damping(state: float | dict[str, float]) -> Damping:
-    """The rule that `packed_damping` gave this."""
+    """The rule that `packed_damping` gave this.
+
+    Raises:
+        ValueError: for a rule whose class has not been imported.
+    """
     if not isinstance(state, dict):
         return state
     [(name, number)] = state.items()
-    return RULES[name](number)
+    if name not in DampingRule.rules:
+        raise ValueError(
+            f"this state has a damping rule {name!r}, which is not known here: import the module "
+            "that defines it before loading"
+        )
+    return DampingRule.rules[name](number)  # type: ignore[call-arg]
 
 
 def check_damping(rule: object, *, trace_damping: bool, method: str) -> None:
     """Raise if ``rule`` is no damping that ``method`` can use.
 
     Raises:
-        TypeError: if it is neither a number nor one of the rules above.
+        TypeError: if it is neither a number nor a `DampingRule`.
         ValueError: if it is not positive and finite, or trace damping where the method has none.
     """
-    if isinstance(rule, TraceDamping):
-        if not trace_damping:
+    if isinstance(rule, DampingRule):
+        if rule.of_the_paper and not trace_damping:
             raise ValueError(
                 f"{method} has no trace damping (the paper defines it for TKFAC and TEKFAC): "
                 "give damping as a positive float, e.g. damping=1e-3"
             )
-        return
-    if isinstance(rule, (MeanDamping, FactoredDamping)):
         return
     if isinstance(rule, bool) or not isinstance(rule, (int, float)):
         kinds = "a positive float, tekfac.MeanDamping, "
