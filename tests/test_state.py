@@ -6,6 +6,7 @@ import copy
 import gc
 import io
 import pickle
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -491,6 +492,7 @@ def test_a_copy_of_the_model_alone_is_not_listened_to(
 
     twin = make_copy(model)
     own = build("TEKFAC", twin)
+    twin(BATCHES[9][0])
     assert hooks(twin) == hooks(model)
     own.close()
     assert hooks(twin) == 0
@@ -506,6 +508,28 @@ def test_close_leaves_no_trace_in_the_model() -> None:
     assert hooks(model) == 0
     assert b"tekfac" not in pickle.dumps(model)
     assert b"tekfac" not in pickle.dumps(copy.deepcopy(model))
+
+
+def test_a_model_in_training_is_exported() -> None:
+    model, x = network(), BATCHES[0][0]
+    optimizer = build("TEKFAC", model)
+    for _ in range(2):
+        model.eval()
+        with torch.no_grad():
+            expected = model(x)
+        assert torch.equal(torch.export.export(model, (x,)).module()(x), expected)
+        assert torch.equal(torch.export.export(model, (x,), strict=True).module()(x), expected)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning)
+            warnings.filterwarnings("error", category=torch.jit.TracerWarning)
+            assert torch.equal(torch.jit.trace(model, x)(x), expected)
+            with pytest.raises(AttributeError, match=r"torch\.jit\.script can't compile the hooks"):
+                torch.jit.script(model)
+        train(model.train(), optimizer, range(2))
+    optimizer.close()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        torch.jit.script(model)
 
 
 def test_close_leaves_other_hooks_alone() -> None:

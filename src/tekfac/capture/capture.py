@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.nn.utils.parametrize import ParametrizationList
 from torch.utils.hooks import RemovableHandle
 
 from tekfac import verdict
@@ -73,6 +74,8 @@ class _Pass:
     """One forward pass through the model.
 
     Attributes:
+        places: where outputs came from: the name of the module ("" for the model), and which of
+            those that it returned.
         outputs: the tensors that likelihoods are about, without their graph.
         likelihoods: theirs.
         done: which of them a backward pass has reached.
@@ -80,6 +83,7 @@ class _Pass:
         terms: of the first output that was reached, 0-dimensional.
     """
 
+    places: list[tuple[str, int]] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
     likelihoods: list[Likelihood] = field(default_factory=list)
     done: set[int] = field(default_factory=set)
@@ -90,8 +94,12 @@ class _Pass:
 class Capture:
     """Hooks on a model that give its blocks their samples.
 
-    Only forward passes through the model itself, with gradients enabled, are seen, and only by
-    blocks that are `listening`; of backward passes only those that leave something in ``.grad``.
+    Only forward passes through the model, with gradients enabled, are seen, and only by blocks that
+    are `listening`; of backward passes only those that leave something in ``.grad``.
+
+    A model that is never called itself is one whose parts are: a LightningModule, whose
+    ``training_step`` calls ``self.net``. Then what the outermost calls of its parts return is taken
+    for its outputs, as far as nothing that another of them returned is made of it.
 
     Args:
         model: what the training loop calls.
@@ -103,6 +111,7 @@ class Capture:
         mean_over: "terms" or "examples": what the user's loss, and the matrix, is a mean over.
         batch_dim: the dimension that counts examples in layers' inputs and in the output, where
             they have more than one before the last; None to find out.
+        called: whether it is known already that the model itself is called.
 
     Attributes:
         passes: backward passes measured so far.
@@ -113,6 +122,7 @@ class Capture:
         orders: for a layer, how its rows were found to belong to examples.
         problem: what was wrong with what the model returned in evaluation mode.
         uncounted: outputs of which it is not known how many terms they have.
+        called: whether the model itself was called, so that calls of its parts say nothing.
         missed: whether compilers stopped standing aside, for an evaluation, and no pass that a step
             could have been measured by was seen since.
     """
@@ -127,6 +137,7 @@ class Capture:
         outputs: Callable[[Any], list[Tensor]],
         mean_over: str = "terms",
         batch_dim: int | None = None,
+        called: bool = False,
     ) -> None:
         self.owner, self.candidates = assignment.owner, assignment.candidates
         self.blocks, self.fisher = blocks, fisher
@@ -138,12 +149,16 @@ class Capture:
         self.strange: dict[str, str] = {}
         self.orders: dict[str, Order] = {}
         self.uncounted: set[int] = set()
+        self.called = called
         self.missed = self._late = False
         self._examples = Examples(batch_dim)
-        self._fitted: dict[tuple[int, int], Likelihood | None] = {}
+        self._fitted: dict[tuple[tuple[str, int], int], Likelihood | None] = {}
         self._settled: set[str] = set()
         self._waiting: list[Delivery] = []
         self._task = -1
+        self._behind: set[int] = set()
+        self._parts: _Pass | None = None
+        self._outermost: nn.Module | None = None
         # Outputs that output= made, of the last forward pass, whose graph they hold.
         self._made: dict[int, Tensor] = {}
         self._unfused = ExitStack()
@@ -154,12 +169,20 @@ class Capture:
             model.register_forward_pre_hook(Hook(self, "_before_model")),
             model.register_forward_hook(Hook(self, "_after_model"), always_call=True),
         ]
+        self._names = {} if called else parts_of(model, blocks)
+        self._part_handles: list[RemovableHandle] = []
+        for module in self._names:
+            self._part_handles += [
+                module.register_forward_pre_hook(Hook(self, "_before_part")),
+                module.register_forward_hook(Hook(self, "_after_part"), always_call=True),
+            ]
 
     def close(self) -> None:
         """Remove all hooks. Harmless when done twice."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._leave_parts()
         self.discard()
         stand_aside(self, False)
 
@@ -167,6 +190,7 @@ class Capture:
         """A step begins, and with it what its blocks want to know."""
         # An evaluation has made the last step miss what it was to measure: not this one, too.
         self._late, self.missed = self.missed, False
+        self._parts = self._outermost = None
         self.resume()
 
     def resume(self) -> None:
@@ -198,6 +222,52 @@ class Capture:
         )
 
     def _before_model(self, module: nn.Module, args: Any) -> None:
+        if torch.is_grad_enabled():
+            self.called = True
+            self._leave_parts()
+        self._before()
+
+    def _after_model(self, module: nn.Module, args: Any, result: Any) -> None:
+        self._unfused.close()
+        if result is None or not self._looks():  # None: the forward has failed
+            return
+        try:
+            self._note(_Pass(), "", result)
+        except ValueError as error:
+            if module.training:
+                raise
+            self.problem = error  # evaluation may do as it likes; a step will say it
+
+    def _before_part(self, module: nn.Module, args: Any) -> None:
+        # What activation checkpointing runs again in the backward pass is no call of the user's.
+        if self._outermost is None and torch._C._current_graph_task_id() == -1:
+            self._outermost = module
+            self._before()
+
+    def _after_part(self, module: nn.Module, args: Any, result: Any) -> None:
+        if module is not self._outermost:
+            return
+        self._outermost = None
+        self._unfused.close()
+        if result is None or not self._looks():
+            return
+        name = self._names[module]
+        if self._parts is None or any(name == part for part, _ in self._parts.places):
+            self._parts = _Pass()
+        try:
+            self._note(self._parts, name, result)
+        # A function of the user's that finds the logits may not know what this part returns.
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
+            self.problem = ValueError(f"of what {name!r} returned: {error}")
+
+    def _leave_parts(self) -> None:
+        """Calls of the model's parts are not listened to any more."""
+        for handle in self._part_handles:
+            handle.remove()
+        self._part_handles.clear()
+
+    def _before(self) -> None:
+        """A forward pass begins."""
         self._unfused.close()
         if not torch.is_grad_enabled() and not self._late:
             # Training pauses, or is over: compilers need not stand aside for what is evaluated.
@@ -215,19 +285,8 @@ class Capture:
                 self._unfused.callback(setattr, backend, "enabled", backend.enabled)
                 backend.enabled = False
 
-    def _after_model(self, module: nn.Module, args: Any, result: Any) -> None:
-        self._unfused.close()
-        if result is None or not self._looks():  # None: the forward has failed
-            return
-        try:
-            self._note(result)
-        except ValueError as error:
-            if module.training:
-                raise
-            self.problem = error  # evaluation may do as it likes; a step will say it
-
-    def _note(self, result: Any) -> None:
-        """Wait for a backward pass from what the model returned."""
+    def _note(self, here: _Pass, name: str, result: Any) -> None:
+        """Wait for a backward pass from what the model, or a part of it, returned."""
         found = self.outputs(result)
         if len(self.likelihoods) not in (1, len(found)):
             raise ValueError(
@@ -237,33 +296,35 @@ class Capture:
         returned = tensors_of(result)
         likelihoods = list(self.likelihoods)
         likelihoods *= len(found) if len(likelihoods) == 1 else 1
-        here = _Pass()
-        self._made.clear()
+        if not here.outputs:
+            self._made.clear()
         for output, likelihood in zip(found, likelihoods, strict=True):
             if not output.requires_grad or any(output is each for each in returned):
-                self._wait(here, output, likelihood)
+                self._wait(here, name, output, likelihood)
             elif getattr(likelihood, "dim", 0) is None:
                 # Which dimension holds the classes is judged by the loss, which is not made of what
                 # output= made: by the tensors, then, that this was made of.
                 for each in behind(output, returned):
-                    self._wait(here, each, likelihood)
+                    self._wait(here, name, each, likelihood)
             else:
                 self._made[len(here.outputs)] = output
-                self._wait(here, output, likelihood, behind(output, returned))
+                self._wait(here, name, output, likelihood, behind(output, returned))
 
     def _wait(
         self,
         here: _Pass,
+        name: str,
         output: Tensor,
         likelihood: Likelihood,
         made_of: Sequence[Tensor] = (),
     ) -> None:
         """Wait for the backward pass to reach an output, or one of what it was made of."""
-        number = len(here.outputs)
-        here.outputs.append(output.detach())
-        here.likelihoods.append(likelihood)
         if self.fisher is not None:
             likelihood.check(output)
+        number = len(here.outputs)
+        here.places.append((name, sum(name == other for other, _ in here.places)))
+        here.outputs.append(output.detach())
+        here.likelihoods.append(likelihood)
         if not output.requires_grad:
             return
         # What the user changes in place later is not what the labels are drawn from.
@@ -280,7 +341,7 @@ class Capture:
     def reached_behind(self, here: _Pass, number: int) -> None:
         """The user's backward pass has reached a tensor that an output was made of."""
         output = self._made.get(number)
-        if output is not None and number not in here.done:
+        if output is not None and number not in here.done and not self._is_part(here, number):
             self.reached(here, number, get_gradient_edge(output), None)
 
     def reached(
@@ -295,7 +356,7 @@ class Capture:
             gradient: of the loss by it; None if the loss is not made of it.
         """
         closed = not self._handles
-        if closed or measuring() or number in here.done:
+        if closed or measuring() or number in here.done or self._is_part(here, number):
             return
         layers = {name: block.layer for name, block in self.blocks.items()}
         found = search(root.node, self.owner, layers)
@@ -319,9 +380,20 @@ class Capture:
             task = torch._C._current_graph_task_id()
             if task != self._task:
                 self._task = task
+                self._behind.clear()
                 self._begin()
+            if not self.called:
+                self._behind.update(map(_identity, found.nodes))
             self._settle(found, uses)
             self._measure(here, number, root, gradient, uses)
+
+    def _is_part(self, here: _Pass, number: int) -> bool:
+        """Whether what the backward pass has reached is no output, but what one was made of."""
+        if here.places[number][0] == "":
+            return False
+        node = torch._C._current_autograd_node()
+        same = self._task == torch._C._current_graph_task_id()
+        return self.called or (same and _identity(node) in self._behind)
 
     def _begin(self) -> None:
         """A backward pass begins: forget what came along with gradients that are gone by now."""
@@ -361,7 +433,7 @@ class Capture:
     ) -> None:
         output = here.outputs[number]
         dtype = output.dtype if gradient is None else gradient.dtype
-        likelihood = self._fit(here.likelihoods[number], number, output, gradient)
+        likelihood = self._fit(here, number, gradient)
 
         def projections(cotangent: Tensor, some: Sequence[Use]) -> list[Tensor | None]:
             rows: dict[Use, Tensor] = {}
@@ -441,13 +513,12 @@ class Capture:
         with own_pass():
             go_through(root, cotangent, list(wanted), received)
 
-    def _fit(
-        self, given: Likelihood, number: int, output: Tensor, gradient: Tensor | None
-    ) -> Likelihood | None:
+    def _fit(self, here: _Pass, number: int, gradient: Tensor | None) -> Likelihood | None:
         """The likelihood of an output; None if it is not known, which "empirical" can bear."""
+        given, output = here.likelihoods[number], here.outputs[number]
         if gradient is None:
             return given
-        key = number, output.dim()
+        key = here.places[number], output.dim()
         if key in self._fitted:
             return self._fitted[key]
         fitted: Likelihood | None = None
@@ -546,3 +617,24 @@ def cleared(parameters: Sequence[nn.Parameter]) -> bool:
     """Whether the gradients that were there are gone, by whoever cleared them."""
     grads = [p.grad for p in parameters if p.grad is not None]
     return not grads or not any(bool(grad.any()) for grad in grads)
+
+
+def parts_of(model: nn.Module, blocks: Mapping[str, Observer]) -> dict[nn.Module, str]:
+    """The modules inside of a model that have layers in them, and their names."""
+    layers = {p for block in blocks.values() for p in block.layer.parameters}
+    lists = [m for m in model.modules() if isinstance(m, ParametrizationList)]
+    own = {each for m in lists for each in m.modules()}
+    return {
+        module: name
+        for name, module in model.named_modules()
+        if module is not model
+        and module not in own
+        and not isinstance(module, torch.jit.ScriptModule)
+        and not layers.isdisjoint(module.parameters())
+    }
+
+
+def _identity(node: Any) -> int:
+    """What tells a node from others without keeping it, and with it the graph, alive."""
+    number: int = node._sequence_nr()
+    return number

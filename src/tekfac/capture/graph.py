@@ -144,6 +144,7 @@ class Found:
     """What a search through the graph has found.
 
     Attributes:
+        nodes: all that there are.
         uses: products with layers' weights.
         accumulators: the nodes that gather layers' parameters' gradients.
         strange: for a layer, the name of a node that uses its weight in another way, and what
@@ -153,6 +154,7 @@ class Found:
         compiled: whether there is a part made by a compiler, which has no products to be seen.
     """
 
+    nodes: set[Node] = field(default_factory=set)
     uses: list[Use] = field(default_factory=list)
     accumulators: dict[str, list[Any]] = field(default_factory=dict)
     strange: dict[str, str] = field(default_factory=dict)
@@ -185,8 +187,8 @@ def search(root: Node, owner: Mapping[nn.Parameter, str], layers: Mapping[str, L
         owner: the layer that each parameter belongs to.
         layers: those to look for, by name.
     """
-    found = Found()
     seen = {root}
+    found = Found(seen)
     open_nodes = [root]
     leads: dict[Node, tuple[int, ...]] = {}
     products: dict[Node, str] = {}

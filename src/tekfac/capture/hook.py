@@ -15,7 +15,7 @@ class Hook:
     """A method of an object as a hook that does not keep the object alive.
 
     A model's hooks go along when it is copied or saved; there, an inert function takes their place.
-    In a graph that is compiled there is no hook.
+    In a graph that is compiled or traced there is no hook.
     """
 
     def __init__(self, owner: object, method: str) -> None:
@@ -23,11 +23,20 @@ class Hook:
         self.method = method
 
     def __call__(self, *args: Any) -> None:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
             return
         owner = self.owner()
         if owner is not None:
             getattr(owner, self.method)(*args)
+
+    @property
+    def __name__(self) -> str:
+        # Asked for by torch.jit.script, which compiles hooks along with the model.
+        raise AttributeError(
+            "torch.jit.script can't compile the hooks that an optimizer of tekfac puts on a model. "
+            "Script another model with the same weights (load_state_dict), or close() the "
+            "optimizer first; torch.export and torch.jit.trace take the model as it is"
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
         return inert()

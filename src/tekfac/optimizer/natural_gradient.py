@@ -184,6 +184,7 @@ class NaturalGradient(torch.optim.Optimizer):
     """
 
     make_block: ClassVar[type[Block]]
+    _called = False  # whether the model itself has been called in training
     _settings: ClassVar[tuple[str, ...]] = (
         "factor_every",
         "basis_every",
@@ -470,6 +471,8 @@ class NaturalGradient(torch.optim.Optimizer):
 
     def _listen(self) -> None:
         """Put the hooks on the model, in place of those there may be."""
+        if self._capture is not None:
+            self._called = self._capture.called
         self.close()
         self._capture = Capture(
             self.model,
@@ -480,6 +483,7 @@ class NaturalGradient(torch.optim.Optimizer):
             find_outputs if self.output is None else chosen_outputs(self.output),
             self.mean_over,
             self.batch_dim,
+            self._called,
         )
         # With the optimizer's end, not the capture's: the graph of a loss that is kept holds that.
         weakref.finalize(self, self._capture.close)
@@ -714,8 +718,8 @@ class NaturalGradient(torch.optim.Optimizer):
         if capture.passes == 0 and len(missing) == len(self._blocks):
             raise RuntimeError(
                 "step() found gradients, but no statistics could be taken: call the model itself "
-                f"({type(self.model).__name__}.__call__, the module given to {self._method}), "
-                "and backward() of a loss that is made of what it returns"
+                f"({type(self.model).__name__}.__call__, the module given to {self._method}) "
+                "or modules in it, and backward() of a loss that is made of what they return"
             )
         names = ", ".join(map(repr, missing[:3])) + (" and others" if len(missing) > 3 else "")
         kinds = {capture.strange[name] for name in missing if name in capture.strange}
@@ -873,7 +877,9 @@ class NaturalGradient(torch.optim.Optimizer):
             for key, value in self.__dict__.items()
             if key not in ("_capture", "step") and not key.startswith("_optimizer_")
         }
-        return kept | {"closed": self._capture is None, "_preconditioner": Preconditioner()}
+        called = self._called if self._capture is None else self._capture.called
+        closed = self._capture is None
+        return kept | {"closed": closed, "_called": called, "_preconditioner": Preconditioner()}
 
     def __setstate__(self, kept: dict[str, Any]) -> None:
         closed = kept.pop("closed", None)
