@@ -213,6 +213,39 @@ def test_resumed_while_a_layer_gets_no_gradient(method: str) -> None:
     assert same(resumed.state_dict(), model.state_dict())
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_resumed_with_square_matrices_the_other_way_round(method: str) -> None:
+    class Turned(nn.Module):
+        """As GPT-2's ``Conv1D``: inputs stand to the left of the weight."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.weight, self.bias = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.zeros(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.addmm(self.bias, x, self.weight)
+
+    x, y = torch.randn(8, 4), torch.arange(8) % 4
+
+    def go(model: nn.Module, optimizer: tekfac.NaturalGradient) -> None:
+        for _ in range(3):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+
+    model, other = Turned(), Turned()
+    optimizer = getattr(tekfac, method)(model)
+    go(model, optimizer)
+    resumed = getattr(tekfac, method)(other)
+    other.load_state_dict(model.state_dict())
+    resumed.load_state_dict(through_file(optimizer.state_dict(), weights_only=True))
+    go(model, optimizer)
+    go(other, resumed)
+    assert torch.equal(model.weight, other.weight)
+    assert same(optimizer.state_dict(), resumed.state_dict())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("method", METHODS)
 def test_resumed_in_lower_precision(method: str, dtype: torch.dtype) -> None:

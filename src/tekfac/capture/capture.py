@@ -69,15 +69,13 @@ class Observer(Protocol):
         """Forget what was given since the last step."""
 
 
-# An output: the name of the module that returned it ("" for the model), and its number there.
-Place = tuple[str, int]
-
-
 @dataclass(eq=False)
 class _Pass:
     """One forward pass through the model.
 
     Attributes:
+        places: where outputs came from: the name of the module ("" for the model), and which of
+            those that it returned.
         outputs: the tensors that likelihoods are about, without their graph.
         likelihoods: theirs.
         done: which of them a backward pass has reached.
@@ -85,9 +83,10 @@ class _Pass:
         terms: of the first output that was reached, 0-dimensional.
     """
 
-    outputs: dict[Place, Tensor] = field(default_factory=dict)
-    likelihoods: dict[Place, Likelihood] = field(default_factory=dict)
-    done: set[Place] = field(default_factory=set)
+    places: list[tuple[str, int]] = field(default_factory=list)
+    outputs: list[Tensor] = field(default_factory=list)
+    likelihoods: list[Likelihood] = field(default_factory=list)
+    done: set[int] = field(default_factory=set)
     given: set[str] = field(default_factory=set)
     terms: Tensor | None = None
 
@@ -123,9 +122,9 @@ class Capture:
         orders: for a layer, how its rows were found to belong to examples.
         problem: what was wrong with what the model returned in evaluation mode.
         uncounted: outputs of which it is not known how many terms they have.
+        called: whether the model itself was called, so that calls of its parts say nothing.
         missed: whether compilers stopped standing aside, for an evaluation, and no pass that a step
             could have been measured by was seen since.
-        called: whether the model itself was called, so that calls of its parts say nothing.
     """
 
     def __init__(
@@ -149,19 +148,19 @@ class Capture:
         self.reached_layers: set[str] = set()
         self.strange: dict[str, str] = {}
         self.orders: dict[str, Order] = {}
-        self.uncounted: set[Place] = set()
-        self.missed = self._late = False
+        self.uncounted: set[int] = set()
         self.called = called
+        self.missed = self._late = False
         self._examples = Examples(batch_dim)
-        self._fitted: dict[tuple[Place, int], Likelihood | None] = {}
+        self._fitted: dict[tuple[tuple[str, int], int], Likelihood | None] = {}
         self._settled: set[str] = set()
         self._waiting: list[Delivery] = []
         self._task = -1
-        # Outputs that output= made, of the last forward pass, whose graph they hold.
-        self._made: dict[Place, Tensor] = {}
         self._behind: set[int] = set()
         self._parts: _Pass | None = None
         self._outermost: nn.Module | None = None
+        # Outputs that output= made, of the last forward pass, whose graph they hold.
+        self._made: dict[int, Tensor] = {}
         self._unfused = ExitStack()
         self._recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
         for module in model.modules():
@@ -253,7 +252,7 @@ class Capture:
         if result is None or not self._looks():
             return
         name = self._names[module]
-        if self._parts is None or any(name == place for place, _ in self._parts.outputs):
+        if self._parts is None or any(name == part for part, _ in self._parts.places):
             self._parts = _Pass()
         try:
             self._note(self._parts, name, result)
@@ -297,71 +296,67 @@ class Capture:
         returned = tensors_of(result)
         likelihoods = list(self.likelihoods)
         likelihoods *= len(found) if len(likelihoods) == 1 else 1
-        waited: list[tuple[Tensor, Likelihood, list[Tensor]]] = []
+        if not here.outputs:
+            self._made.clear()
         for output, likelihood in zip(found, likelihoods, strict=True):
             if not output.requires_grad or any(output is each for each in returned):
-                waited.append((output, likelihood, []))
+                self._wait(here, name, output, likelihood)
             elif getattr(likelihood, "dim", 0) is None:
                 # Which dimension holds the classes is judged by the loss, which is not made of what
                 # output= made: by the tensors, then, that this was made of.
-                waited += [(each, likelihood, []) for each in behind(output, returned)]
+                for each in behind(output, returned):
+                    self._wait(here, name, each, likelihood)
             else:
-                waited.append((output, likelihood, behind(output, returned)))
-        if self.fisher is not None:
-            for output, likelihood, _ in waited:
-                likelihood.check(output)
-        self._made.clear()
-        for number, (output, likelihood, made_of) in enumerate(waited):
-            self._wait(here, (name, number), output, likelihood, made_of)
+                self._made[len(here.outputs)] = output
+                self._wait(here, name, output, likelihood, behind(output, returned))
 
     def _wait(
         self,
         here: _Pass,
-        place: Place,
+        name: str,
         output: Tensor,
         likelihood: Likelihood,
-        made_of: Sequence[Tensor],
+        made_of: Sequence[Tensor] = (),
     ) -> None:
         """Wait for the backward pass to reach an output, or one of what it was made of."""
-        here.outputs[place], here.likelihoods[place] = output.detach(), likelihood
+        if self.fisher is not None:
+            likelihood.check(output)
+        number = len(here.outputs)
+        here.places.append((name, sum(name == other for other, _ in here.places)))
+        here.outputs.append(output.detach())
+        here.likelihoods.append(likelihood)
         if not output.requires_grad:
             return
         # What the user changes in place later is not what the labels are drawn from.
-        here.outputs[place] = output.detach().clone()
-        if made_of:
-            self._made[place] = output
+        here.outputs[number] = output.detach().clone()
         for each in made_of:
             edge = source_of(each)
-            edge.node.register_prehook(_ReachedBehind(self, here, place, edge.output_nr))
+            edge.node.register_prehook(_ReachedBehind(self, here, number, edge.output_nr))
         if not made_of:
             edge = source_of(output)
-            edge.node.register_prehook(_Reached(self, here, place, edge.output_nr))
+            edge.node.register_prehook(_Reached(self, here, number, edge.output_nr))
 
     # -- backward ----------------------------------------------------------------------------------
 
-    def reached_behind(self, here: _Pass, place: Place) -> None:
+    def reached_behind(self, here: _Pass, number: int) -> None:
         """The user's backward pass has reached a tensor that an output was made of."""
-        output = self._made.get(place)
-        if output is not None and place not in here.done:
-            self.reached(here, place, get_gradient_edge(output), None)
+        output = self._made.get(number)
+        if output is not None and number not in here.done and not self._is_part(here, number):
+            self.reached(here, number, get_gradient_edge(output), None)
 
     def reached(
-        self, here: _Pass, place: Place, root: GradientEdge, gradient: Tensor | None
+        self, here: _Pass, number: int, root: GradientEdge, gradient: Tensor | None
     ) -> None:
         """The user's backward pass has reached an output of the network.
 
         Args:
             here: the forward pass that it came from.
-            place: the output's.
+            number: the output's.
             root: where it is in the graph.
             gradient: of the loss by it; None if the loss is not made of it.
         """
         closed = not self._handles
-        if closed or measuring() or place in here.done:
-            return
-        task = torch._C._current_graph_task_id()
-        part = place[0] != ""
-        if part and (self.called or (task == self._task and _number(root.node) in self._behind)):
+        if closed or measuring() or number in here.done or self._is_part(here, number):
             return
         layers = {name: block.layer for name, block in self.blocks.items()}
         found = search(root.node, self.owner, layers)
@@ -372,24 +367,33 @@ class Capture:
         uses = found.counted()
         if not uses:
             return
-        here.done.add(place)
+        here.done.add(number)
         self.passes += 1
         self.reached_layers.update(use.name for use in uses)
         # Of a batch that is empty or not finite there is nothing to be learnt.
-        seen = here.outputs[place] if gradient is None else gradient
+        seen = here.outputs[number] if gradient is None else gradient
         if not seen.numel():
             return
         if not verdict.waits(seen.device) and not bool(seen.isfinite().all()):
             return
         with torch.no_grad(), torch.autocast(seen.device.type, enabled=False):
+            task = torch._C._current_graph_task_id()
             if task != self._task:
                 self._task = task
                 self._behind.clear()
                 self._begin()
-            if part:
-                self._behind.update(map(_number, found.nodes))
+            if not self.called:
+                self._behind.update(map(_identity, found.nodes))
             self._settle(found, uses)
-            self._measure(here, place, root, gradient, uses)
+            self._measure(here, number, root, gradient, uses)
+
+    def _is_part(self, here: _Pass, number: int) -> bool:
+        """Whether what the backward pass has reached is no output, but what one was made of."""
+        if here.places[number][0] == "":
+            return False
+        node = torch._C._current_autograd_node()
+        same = self._task == torch._C._current_graph_task_id()
+        return self.called or (same and _identity(node) in self._behind)
 
     def _begin(self) -> None:
         """A backward pass begins: forget what came along with gradients that are gone by now."""
@@ -422,14 +426,14 @@ class Capture:
     def _measure(
         self,
         here: _Pass,
-        place: Place,
+        number: int,
         root: GradientEdge,
         gradient: Tensor | None,
         uses: list[Use],
     ) -> None:
-        output = here.outputs[place]
+        output = here.outputs[number]
         dtype = output.dtype if gradient is None else gradient.dtype
-        likelihood = self._fit(here.likelihoods[place], place, output, gradient)
+        likelihood = self._fit(here, number, gradient)
 
         def projections(cotangent: Tensor, some: Sequence[Use]) -> list[Tensor | None]:
             rows: dict[Use, Tensor] = {}
@@ -509,13 +513,12 @@ class Capture:
         with own_pass():
             go_through(root, cotangent, list(wanted), received)
 
-    def _fit(
-        self, given: Likelihood, place: Place, output: Tensor, gradient: Tensor | None
-    ) -> Likelihood | None:
+    def _fit(self, here: _Pass, number: int, gradient: Tensor | None) -> Likelihood | None:
         """The likelihood of an output; None if it is not known, which "empirical" can bear."""
+        given, output = here.likelihoods[number], here.outputs[number]
         if gradient is None:
             return given
-        key = place, output.dim()
+        key = here.places[number], output.dim()
         if key in self._fitted:
             return self._fitted[key]
         fitted: Likelihood | None = None
@@ -525,7 +528,7 @@ class Capture:
         except ValueError:
             if self.fisher is not None:
                 raise
-            self.uncounted.add(place)
+            self.uncounted.add(number)
         if bool((gradient != 0).any()):
             self._fitted[key] = fitted
         return fitted
@@ -573,14 +576,14 @@ class _Reached:
 
     capture: Capture
     here: _Pass
-    place: Place
     number: int
+    place: int
 
     def __call__(self, gradients: tuple[Tensor | None, ...]) -> None:
-        gradient = gradients[self.number]
+        gradient = gradients[self.place]
         if gradient is not None:
-            root = GradientEdge(torch._C._current_autograd_node(), self.number)
-            self.capture.reached(self.here, self.place, root, gradient)
+            root = GradientEdge(torch._C._current_autograd_node(), self.place)
+            self.capture.reached(self.here, self.number, root, gradient)
 
 
 @dataclass(eq=False)
@@ -589,12 +592,12 @@ class _ReachedBehind:
 
     capture: Capture
     here: _Pass
-    place: Place
     number: int
+    place: int
 
     def __call__(self, gradients: tuple[Tensor | None, ...]) -> None:
-        if gradients[self.number] is not None:
-            self.capture.reached_behind(self.here, self.place)
+        if gradients[self.place] is not None:
+            self.capture.reached_behind(self.here, self.number)
 
 
 @dataclass(eq=False)
@@ -619,9 +622,8 @@ def cleared(parameters: Sequence[nn.Parameter]) -> bool:
 def parts_of(model: nn.Module, blocks: Mapping[str, Observer]) -> dict[nn.Module, str]:
     """The modules inside of a model that have layers in them, and their names."""
     layers = {p for block in blocks.values() for p in block.layer.parameters}
-    own = {
-        each for m in model.modules() if isinstance(m, ParametrizationList) for each in m.modules()
-    }
+    lists = [m for m in model.modules() if isinstance(m, ParametrizationList)]
+    own = {each for m in lists for each in m.modules()}
     return {
         module: name
         for name, module in model.named_modules()
@@ -632,7 +634,7 @@ def parts_of(model: nn.Module, blocks: Mapping[str, Observer]) -> dict[nn.Module
     }
 
 
-def _number(node: Any) -> int:
+def _identity(node: Any) -> int:
     """What tells a node from others without keeping it, and with it the graph, alive."""
     number: int = node._sequence_nr()
     return number

@@ -86,8 +86,16 @@ class Layer(ABC):
         self.bias = None
         self._measure()
 
-    def resemble(self, shape: tuple[int, int], parameters: int) -> None:
-        """Be as a layer with this matrix and so many parameters, if that is a matter of its use."""
+    def resemble(
+        self, shape: tuple[int, int], parameters: int, transposed: bool | None = None
+    ) -> None:
+        """Be as a layer with this matrix and so many parameters, if that is a matter of its use.
+
+        Args:
+            shape: the matrix's.
+            parameters: their number.
+            transposed: whether the parameter is the matrix's transpose; None to judge by ``shape``.
+        """
         if parameters == 1 and self.weight is not None and self.bias is not None:
             self.without_bias()
 

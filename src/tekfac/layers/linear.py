@@ -31,8 +31,12 @@ class LinearLayer(Layer):
         self.transposed = not self.transposed
         self._measure()
 
-    def resemble(self, shape: tuple[int, int], parameters: int) -> None:
-        super().resemble(shape, parameters)
+    def resemble(
+        self, shape: tuple[int, int], parameters: int, transposed: bool | None = None
+    ) -> None:
+        super().resemble(shape, parameters, transposed)
+        if transposed is not None and transposed != self.transposed:
+            self.turn()
         if shape != self.shape:
             self.turn()
             if shape != self.shape:

@@ -22,12 +22,13 @@ def index_of(groups: Groups) -> dict[Tensor, int]:
     return {p: i for i, p in enumerate(p for group in groups for p in group["params"])}
 
 
-def layout_of(groups: Groups, blocks: Blocks) -> dict[str, dict[str, list[int]]]:
-    """The shape of each block, and the numbers of the parameters that it covers."""
+def layout_of(groups: Groups, blocks: Blocks) -> dict[str, dict[str, Any]]:
+    """The shape of each block, which way round its matrix is, and the numbers of its parameters."""
     index = index_of(groups)
     return {
         name: {
             "shape": list(block.shape),
+            "transposed": getattr(block.layer, "transposed", False),
             "parameters": [index[p] for p in block.layer.parameters],
         }
         for name, block in blocks.items()
@@ -157,7 +158,10 @@ def check_fits(
     saved = {name: each for name, each in own["blocks"].items() if each is not None}
     for name, each in saved.items():
         if name in blocks and blocks[name].empty:
-            blocks[name].layer.resemble(tuple(each["shape"]), len(each["parameters"]))
+            # Which way round a square matrix is was not kept in older states.
+            blocks[name].layer.resemble(
+                tuple(each["shape"]), len(each["parameters"]), each.get("transposed")
+            )
     layout = {
         name: each
         for name, each in layout_of(groups, blocks).items()
@@ -180,7 +184,7 @@ def check_fits(
             f"{sizes[1]}"
         )
     for name, here in layout.items():
-        if saved[name] != here:
+        if saved[name]["parameters"] != here["parameters"]:
             raise ValueError(
                 f"this state has its parameters in another order: those of layer {name!r} are "
                 f"numbers {saved[name]['parameters']} there, {here['parameters']} "
