@@ -423,6 +423,43 @@ def test_an_output_made_of_what_the_model_returned() -> None:
     near(found, plain)
 
 
+def test_what_an_output_is_made_of_is_no_output_itself() -> None:
+    """A VAE returns its code's mean and variance too."""
+
+    class Coded(nn.Module):
+        def __init__(self, alone: bool) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.mean, self.spread, self.out = nn.Linear(4, 2), nn.Linear(4, 2), nn.Linear(2, 3)
+            self.alone = alone
+
+        def forward(self, x: Tensor) -> Any:
+            mean, spread = self.mean(x), self.spread(x)
+            out = self.out(mean + spread.exp())
+            return out if self.alone else (out, mean, spread)
+
+    x, y = seeded(6, 4), labels(6, 3, classes=2).double()
+
+    def run(m: nn.Module) -> Tensor:
+        result = m(x)
+        if m.alone:
+            return F.binary_cross_entropy_with_logits(result, y)
+        out, mean, spread = result
+        penalty = (mean.square() + spread.exp() - spread).mean()
+        return F.binary_cross_entropy_with_logits(out, y) + penalty
+
+    found = traces(Coded(alone=False), run, likelihood="bernoulli")
+    near(found, traces(Coded(alone=True), run, likelihood="bernoulli"))
+
+
+def test_probabilities_in_place_of_yes_or_no_logits_get_a_word() -> None:
+    model = nn.Sequential(*network(8), nn.Sigmoid())
+    optimizer = build(model, likelihood="bernoulli")
+    with pytest.warns(RuntimeWarning, match="lies between 0 and 1, .* takes logits"):
+        F.binary_cross_entropy(model(seeded(6, 4)), labels(6, 8, classes=2).double()).backward()
+    optimizer.step()
+
+
 def test_each_output_has_its_likelihood() -> None:
     model, x = Heads(lambda a, b: (a, b)), seeded(6, 4)
     one, two = labels(6), seeded(6, 5, seed=4)

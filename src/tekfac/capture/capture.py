@@ -39,7 +39,7 @@ from tekfac.capture.graph import (
 )
 from tekfac.capture.hook import Hook, drop_inert
 from tekfac.capture.likelihoods import Likelihood
-from tekfac.capture.outputs import tensors_of
+from tekfac.capture.outputs import find_outputs, tensors_of
 from tekfac.layers import Assignment, ConvLayer, Layer, LinearLayer, Sample
 
 
@@ -151,6 +151,7 @@ class Capture:
         self.uncounted: set[int] = set()
         self.called = called
         self.missed = self._late = False
+        self._chosen = outputs is not find_outputs
         self._examples = Examples(batch_dim)
         self._fitted: dict[tuple[tuple[str, int], int], Likelihood | None] = {}
         self._settled: set[str] = set()
@@ -382,18 +383,21 @@ class Capture:
                 self._task = task
                 self._behind.clear()
                 self._begin()
-            if not self.called:
+            if len(here.outputs) > 1 or not self.called:
                 self._behind.update(map(_identity, found.nodes))
             self._settle(found, uses)
             self._measure(here, number, root, gradient, uses)
 
     def _is_part(self, here: _Pass, number: int) -> bool:
         """Whether what the backward pass has reached is no output, but what one was made of."""
-        if here.places[number][0] == "":
+        part = here.places[number][0] != ""
+        if part and self.called:
+            return True
+        if not part and self._chosen:
             return False
         node = torch._C._current_autograd_node()
         same = self._task == torch._C._current_graph_task_id()
-        return self.called or (same and _identity(node) in self._behind)
+        return same and _identity(node) in self._behind
 
     def _begin(self) -> None:
         """A backward pass begins: forget what came along with gradients that are gone by now."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -248,6 +249,16 @@ class Bernoulli(Likelihood):
     Every entry is a term. One whose gradient is exactly zero is one that the loss leaves out,
     unless its label is certain to the last bit.
     """
+
+    def fitted(self, output: Tensor, gradient: Tensor) -> Likelihood:
+        if output.numel() >= 32 and bool(((output >= 0) & (output <= 1)).all()):
+            warnings.warn(
+                f"an output of shape {tuple(output.shape)} lies between 0 and 1, as probabilities "
+                "do: the bernoulli likelihood takes logits; give output=, e.g. output=torch.logit",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return self
 
     def check(self, output: Tensor) -> None:
         self._check_floating(output, 1, "logits of shape (N, ...)")

@@ -17,8 +17,9 @@ def find_outputs(result: Any) -> list[Tensor]:
     """The logits in what a model returned.
 
     Itself if it is a tensor; its field ``.logits``; of a tuple, list or dict all tensors of two
-    dimensions or more that have a gradient (a loss that stands beside them has none). Without any,
-    the one tensor that there is.
+    dimensions or more that have a gradient (a loss that stands beside them has one dimension less);
+    those that another one is made of, such as a VAE's means, are left out once the loss is seen.
+    Without any, the one tensor that there is.
 
     Raises:
         ValueError: if there is none of these.
