@@ -309,7 +309,9 @@ def test_hooks_can_tell_our_pass_from_the_users() -> None:
     seen = []
     model[1].register_full_backward_hook(lambda *_: seen.append(tekfac.measuring()))
     optimizer = tekfac.TEKFAC(model)
-    F.cross_entropy(model(seeded(6, 4)), labels(6)).backward()
+    with pytest.warns(RuntimeWarning, match="backward hooks on '1' run once more .*measuring"):
+        loss = F.cross_entropy(model(seeded(6, 4)), labels(6))
+    loss.backward()
     optimizer.step()
     assert seen == [True, False]
     assert not tekfac.measuring()
@@ -504,6 +506,30 @@ def test_a_head_that_the_output_does_not_reach_is_told_of() -> None:
     (F.cross_entropy(a, labels(6)) + F.cross_entropy(b, labels(6, classes=5))).backward()
     with pytest.warns(RuntimeWarning, match="no curvature of layers 'two'.*another way than the"):
         optimizer.step()
+
+
+def test_a_layer_that_is_not_seen_any_more_is_told_of() -> None:
+    """Gradients that somebody puts there by hand: the curvature freezes."""
+    model = network()
+    optimizer = tekfac.TEKFAC(model, factor_every=2, scale_every=2)
+    x, y = seeded(6, 4), labels(6)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(12):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x), y)
+            if step < 3:
+                loss.backward()
+            else:
+                for p, g in zip(
+                    model.parameters(),
+                    torch.autograd.grad(loss, list(model.parameters())),
+                    strict=True,
+                ):
+                    p.grad = g
+            optimizer.step()
+    [warning] = caught
+    assert "the curvature of layers '0', '2' stays as it was" in str(warning.message)
 
 
 # -- what an optimizer says of itself --------------------------------------------------------------

@@ -10,6 +10,8 @@ at once.
 
 from __future__ import annotations
 
+import warnings
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -41,6 +43,9 @@ from tekfac.capture.hook import Hook, drop_inert
 from tekfac.capture.likelihoods import Likelihood
 from tekfac.capture.outputs import find_outputs, tensors_of
 from tekfac.layers import Assignment, ConvLayer, Layer, LinearLayer, Sample
+
+# Steps that were to measure a layer and did not see it, before that is said.
+PATIENCE = 3
 
 
 class Observer(Protocol):
@@ -153,6 +158,9 @@ class Capture:
         self.missed = self._late = False
         self._chosen = outputs is not find_outputs
         self._examples = Examples(batch_dim)
+        self._model = weakref.ref(model)
+        self._unseen: dict[str, int] = {}
+        self._told = False
         self._fitted: dict[tuple[tuple[str, int], int], Likelihood | None] = {}
         self._settled: set[str] = set()
         self._waiting: list[Delivery] = []
@@ -204,6 +212,23 @@ class Capture:
             for name in list(delivery.calls):
                 self._give(delivery, name)
         self._waiting.clear()
+
+    def lost(self) -> list[str]:
+        """Layers that get gradients, were measured once, and have not been for a while.
+
+        Those that the last steps that were to measure have not seen: as many as `PATIENCE`, counted
+        here, once in each step.
+        """
+        found = []
+        for name, block in self.blocks.items():
+            trained = any(p.grad is not None for p in block.layer.parameters)
+            if name in self.reached_layers:
+                self._unseen.pop(name, None)
+            elif block.listening and trained and not block.empty:
+                self._unseen[name] = self._unseen.get(name, 0) + 1
+                if self._unseen[name] == PATIENCE:
+                    found.append(name)
+        return found
 
     def discard(self) -> None:
         """Forget those samples."""
@@ -276,6 +301,7 @@ class Capture:
         if not self._looks():
             return
         self.missed = False
+        self._tell_of_hooks()
         for name, candidate in self.candidates.items():
             if name in self.blocks:
                 candidate.check(name)
@@ -285,6 +311,27 @@ class Capture:
             for backend in backends:
                 self._unfused.callback(setattr, backend, "enabled", backend.enabled)
                 backend.enabled = False
+
+    def _tell_of_hooks(self) -> None:
+        """Say once that hooks of others will run in our backward pass, too."""
+        if self._told or self.fisher is None:
+            return
+        self._told = True
+        model = self._model()
+        assert model is not None
+        hooked = [
+            repr(name) if name else "the model"
+            for name, module in model.named_modules()
+            if module._backward_hooks or module._backward_pre_hooks
+        ]
+        if hooked:
+            warnings.warn(
+                f"backward hooks on {', '.join(hooked[:3])}{' and others' * (len(hooked) > 3)} run "
+                "once more on steps that measure curvature, in a pass with the model's own labels; "
+                "tekfac.measuring() is true in them then",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def _note(self, here: _Pass, name: str, result: Any) -> None:
         """Wait for a backward pass from what the model, or a part of it, returned."""

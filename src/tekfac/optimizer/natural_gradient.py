@@ -696,6 +696,13 @@ class NaturalGradient(torch.optim.Optimizer):
 
     def _check_measured(self, capture: Capture, troubled: set[str]) -> None:
         """Raise or warn if layers have gradients but no curvature, and no known trouble."""
+        if lost := capture.lost():
+            self._events.warn(
+                "lost",
+                f"the curvature of layers {_listed(lost)} stays as it was: they get gradients, but "
+                "the last steps that were to measure it have not seen them behind the model's "
+                "output (is the model itself called, and its gradient not put there by hand?)",
+            )
         missing = [
             block.name
             for block in self._blocks.values()
@@ -721,11 +728,10 @@ class NaturalGradient(torch.optim.Optimizer):
                 f"({type(self.model).__name__}.__call__, the module given to {self._method}) "
                 "or modules in it, and backward() of a loss that is made of what they return"
             )
-        names = ", ".join(map(repr, missing[:3])) + (" and others" if len(missing) > 3 else "")
         kinds = {capture.strange[name] for name in missing if name in capture.strange}
         self._events.warn(
             "missing",
-            f"no curvature of layers {names}: they have gradients, but "
+            f"no curvature of layers {_listed(missing)}: they have gradients, but "
             + (
                 f"their weights are used by {', '.join(sorted(kinds))}, which is no product known "
                 "here"
@@ -910,6 +916,10 @@ def _all_finite(tensors: list[Tensor], order: float) -> Tensor:
     dtype = reduce(torch.promote_types, {t.dtype for t in tensors}, torch.float32)
     norms = torch._foreach_norm(tensors, order, dtype=dtype)
     return torch.stack([n.to(tensors[0].device) for n in norms]).isfinite().all()
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(map(repr, names[:3])) + (" and others" if len(names) > 3 else "")
 
 
 def _supported() -> str:
