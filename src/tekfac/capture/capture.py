@@ -10,7 +10,7 @@ at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -38,6 +38,7 @@ from tekfac.capture.graph import (
 from tekfac.capture.hook import Hook, drop_inert
 from tekfac.capture.likelihoods import Likelihood
 from tekfac.layers import Assignment, ConvLayer, Layer, LinearLayer, Sample
+from tekfac.ranks.group import inside_parallel
 
 
 class Observer(Protocol):
@@ -109,6 +110,7 @@ class Capture:
         orders: for a layer, how its rows were found to belong to examples.
         problem: what was wrong with what the model returned in evaluation mode.
         uncounted: outputs of which it is not known how many terms they have.
+        parallel: whether the model was seen to run within a `DistributedDataParallel`.
     """
 
     def __init__(
@@ -126,7 +128,7 @@ class Capture:
         self.blocks, self.fisher = blocks, fisher
         self.likelihoods, self.outputs, self.mean_over = likelihoods, outputs, mean_over
         self.passes = 0
-        self.reentrant = self.compiled = False
+        self.reentrant = self.compiled = self.parallel = False
         self.problem: ValueError | None = None
         self.reached_layers: set[str] = set()
         self.strange: dict[str, str] = {}
@@ -165,6 +167,10 @@ class Capture:
                 self._give(delivery, name)
         self._waiting.clear()
 
+    def settle(self, names: Iterable[str]) -> None:
+        """Take these layers for what they are by now, however they are seen to be used."""
+        self._settled.update(names)
+
     def discard(self) -> None:
         """Forget those samples."""
         self._waiting.clear()
@@ -188,6 +194,7 @@ class Capture:
             stand_aside(self, False)
         if not self._looks():
             return
+        self.parallel |= inside_parallel()
         for name, candidate in self.candidates.items():
             if name in self.blocks:
                 candidate.check(name)
