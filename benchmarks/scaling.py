@@ -63,10 +63,14 @@ def measure(make: Callable[[Sizes], tuple[Layer, Sample]], sizes: Sizes) -> tupl
 
     def step() -> None:
         block.observe(sample)
-        block.update(1.0, 0.95, 0.95)
+        block.learn(0.95)
+        if block.refreshing:
+            block.refresh(block.eigen())
+        block.rotate()
+        block.finish_update(0.95)
 
     step()
-    block.due = Due(basis=False)
+    block.due = Due(basis=False, late=False)
     seconds = []
     for _ in range(5):
         start = time.process_time()

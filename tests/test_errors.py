@@ -524,16 +524,3 @@ def test_a_block_of_no_layer_and_blocks_are_read_only() -> None:
         optimizer.blocks["fc1"] = optimizer.blocks["0"]
     optimizer.counters["steps"] = 5
     assert optimizer.counters["steps"] == 0
-
-
-def test_several_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Curvature is not averaged over ranks: nobody's parameters may drift apart unnoticed."""
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    with pytest.warns(RuntimeWarning, match="does not average curvature over ranks yet"):
-        tekfac.KFAC(nn.Linear(2, 2))
-    parallel = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
-    with pytest.raises(NotImplementedError, match="trained by 2 ranks together would drift apart"):
-        tekfac.KFAC(parallel)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
-    tekfac.KFAC(nn.Linear(2, 2))

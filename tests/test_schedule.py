@@ -266,17 +266,17 @@ def test_a_basis_made_between_statistics_keeps_the_trace(monkeypatch: pytest.Mon
     model = network()
     optimizer = tekfac.TEKFAC(model, basis_every=40, interval_warmup=False, lr=0.0)
     checked = []
-    refresh = Block._refresh
+    refresh = Block.refresh
 
-    def observed(block: Block) -> bool:
+    def observed(block: Block, found: list[Tensor]) -> bool:
         before = None if block.empty else float(block.fisher_trace())
-        result = refresh(block)
+        result = refresh(block, found)
         if before is not None:
             assert float(block.fisher_trace()) == pytest.approx(before, rel=1e-4)
             checked.append(block.listening)
         return result
 
-    monkeypatch.setattr(Block, "_refresh", observed)
+    monkeypatch.setattr(Block, "refresh", observed)
     train(model, optimizer, 90)
     assert False in checked
 

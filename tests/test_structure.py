@@ -16,7 +16,7 @@ SOURCE = Path(__file__).parents[1] / "src"
 PUBLIC = "tekfac"
 CORE = (
     ("checks", "numerics", "verdict"),
-    ("layers",),
+    ("layers", "ranks"),
     ("capture", "curvature"),
     ("optimizer",),
     ("methods",),

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -43,6 +43,7 @@ from tekfac.capture.hook import Hook, drop_inert
 from tekfac.capture.likelihoods import Likelihood
 from tekfac.capture.outputs import find_outputs, tensors_of
 from tekfac.layers import Assignment, ConvLayer, Layer, LinearLayer, Sample
+from tekfac.ranks.group import inside_parallel
 
 # Steps that were to measure a layer and did not see it, before that is said.
 PATIENCE = 3
@@ -130,6 +131,7 @@ class Capture:
         called: whether the model itself was called, so that calls of its parts say nothing.
         missed: whether compilers stopped standing aside, for an evaluation, and no pass that a step
             could have been measured by was seen since.
+        parallel: whether the model was seen to run within a `DistributedDataParallel`.
     """
 
     def __init__(
@@ -148,7 +150,7 @@ class Capture:
         self.blocks, self.fisher = blocks, fisher
         self.likelihoods, self.outputs, self.mean_over = likelihoods, outputs, mean_over
         self.passes = 0
-        self.reentrant = self.compiled = False
+        self.reentrant = self.compiled = self.parallel = False
         self.problem: ValueError | None = None
         self.reached_layers: set[str] = set()
         self.strange: dict[str, str] = {}
@@ -230,6 +232,10 @@ class Capture:
                     found.append(name)
         return found
 
+    def settle(self, names: Iterable[str]) -> None:
+        """Take these layers for what they are by now, however they are seen to be used."""
+        self._settled.update(names)
+
     def discard(self) -> None:
         """Forget those samples."""
         self._waiting.clear()
@@ -301,6 +307,7 @@ class Capture:
         if not self._looks():
             return
         self.missed = False
+        self.parallel |= inside_parallel()
         self._tell_of_hooks()
         for name, candidate in self.candidates.items():
             if name in self.blocks:

@@ -36,6 +36,8 @@ FORMS = (
     }
 )
 
+PARALLEL_SINK = "_DDPSinkBackward"
+
 REENTRANT = (
     "curvature can't be measured through reentrant activation checkpointing: call "
     "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
@@ -408,13 +410,16 @@ def behind(output: Tensor, tensors: Collection[Tensor]) -> list[Tensor]:
 
 
 def source_of(output: Tensor) -> GradientEdge:
-    """Where in the graph an output was made, before it was only cast to another type.
+    """Where in the graph an output was made, before it was only cast or passed on.
 
-    A wrapper's ``.float()`` may be off the way that the loss takes; what it cast is on it.
+    A wrapper's ``.float()`` may be off the way that the loss takes; what it cast is on it. And
+    `DistributedDataParallel` has outputs go through a node that must see the user's passes only.
     """
     edge = get_gradient_edge(output)
-    while edge.node.name() == "ToCopyBackward0":
-        before, number = edge.node.next_functions[0]
+    while edge.node.name() in ("ToCopyBackward0", PARALLEL_SINK):
+        # The sink passes all outputs on, each in its place.
+        place = edge.output_nr if edge.node.name() == PARALLEL_SINK else 0
+        before, number = edge.node.next_functions[place]
         if before is None:
             break
         edge = GradientEdge(before, number)

@@ -8,6 +8,7 @@ from and what the rescaling ``s`` is make the four methods; both choices are nam
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -48,7 +49,9 @@ class Due:
     factors: bool = True
     scale: bool = True
     basis: bool = True
-    factor_rows: int | None = None
+    late: bool = True
+    """Whether the rescaling's samples wait for a basis that is known at the end of the step."""
+    factor_rows: float | None = None
     """Inputs that factors read for each of their columns, None for all (`curvature.sampling`)."""
     scale_examples: int | None = None
     """Examples that the rescaling is measured on, None for all."""
@@ -60,8 +63,6 @@ class Report:
 
     used: Verdict = YES
     """Whether the batch's statistics, if any, were finite; if not, they were left out."""
-    failed: bool = False
-    """The eigendecomposition failed and the last good basis was kept."""
 
 
 class Block(ABC):
@@ -100,15 +101,19 @@ class Block(ABC):
         self.due = Due()
         self._row_norm = layer.row_norm
         self._damping_kept: tuple[object, object, Tensor, Tensor] | None = None
-        self.positions = 1
-        """Rows that an example has in this layer, as last seen."""
+        self.positions = self._positions = 1
+        """Rows that an example has in this layer, as seen when a basis was last due."""
+        self.held = True
+        """Whether the estimate is kept here, and not by another rank."""
         self.pending = False
         self._units: Tensor | float = 0
         self._terms: Tensor | float = 0.0
+        self._gradient_scale: Tensor | float = 1.0
+        self._some, self._used = False, YES
         self.silent = False
         """Looked at, and found to get no gradient at all, before there was any estimate."""
         self.work = 0
-        """Multiplications of the layer's own passes in a step, by the last step measured."""
+        """Multiplications of the layer's own passes in a step, seen when a basis was last due."""
         self.discard()
 
     # -- what a curious user asks ------------------------------------------------------------------
@@ -158,12 +163,12 @@ class Block(ABC):
     @property
     def eigenvalues(self) -> Tensor:
         """The block's eigenvalues, undamped, ``(d_out, d_in)``, one per coordinate of the basis."""
-        self._require_basis()
+        self._own_basis()
         return self._expanded(self._eigenvalues()).reshape(self.shape)
 
     def matvec(self, vector: Tensor) -> Tensor:
         """``F̂ v``, without damping, in the shape of ``vector``."""
-        basis = self._require_basis()
+        basis = self._own_basis()
         matrix = basis.apply(self._eigenvalues(), self._matrix(vector))
         return self.layer.to_vector(matrix).reshape(vector.shape)
 
@@ -186,7 +191,7 @@ class Block(ABC):
         Raises:
             ValueError: if the block has more than 8192 rows.
         """
-        basis = self._require_basis()
+        basis = self._own_basis()
         if self.dim > DENSE_LIMIT:
             raise ValueError(
                 f"block {self.name!r} has {self.dim} rows; dense() makes matrices of up to "
@@ -214,6 +219,25 @@ class Block(ABC):
         """Whether the coming step needs statistics of this block."""
         return self.due.factors or self.due.scale
 
+    def hold(self, held: bool) -> None:
+        """Keep the estimate here, or only its shape: another rank then does what needs it."""
+        self.held = held
+        self.factors.hold(held)
+
+    def release(self) -> None:
+        """Keep only the shapes of what another rank holds.
+
+        Eigenvectors of a wide side stay: along them the batches' sums are taken.
+        """
+        basis = self.basis
+        if self.held or basis is None:
+            return
+        input, output = (
+            each.to("meta") if each.shape[1] == each.shape[2] else each
+            for each in (basis.input, basis.output)
+        )
+        self.basis = Basis(input, output, basis.input_values, basis.output_values)
+
     @property
     def waiting(self) -> bool:
         """Whether it has been measured, and its first basis or rescaling is still to come."""
@@ -224,7 +248,7 @@ class Block(ABC):
         """What the layer takes in every step, in multiplications (`tekfac.curvature.costs`)."""
         d_in, d_out = self.layer.d_in, self.layer.d_out
         own = costs.preconditioning(d_in, d_out, *self.kept)
-        return (self._work or self.work) + self.groups * own + costs.CALLS
+        return self.work + self.groups * own + costs.CALLS
 
     @property
     def refresh_cost(self) -> int:
@@ -258,12 +282,12 @@ class Block(ABC):
     def observe(self, sample: Sample) -> None:
         """Take the statistics of one backward pass into the sums of the step."""
         self.pending = True
-        self.positions = self.layer.positions(sample)
+        self._positions = self.layer.positions(sample)
         if sample.first:
             self._units = self._units + sample.units
             self._terms = self._terms + self._here(sample.term_count)
             self._work += costs.model_pass(
-                self.groups * sample.examples * self.positions, self.layer.d_in, self.layer.d_out
+                self.groups * sample.examples * self._positions, self.layer.d_in, self.layer.d_out
             )
         if self.due.factors:
             read = factor_reading(self.layer, sample, self.due.factor_rows)
@@ -289,35 +313,103 @@ class Block(ABC):
 
         (2.5), where the power is 1.
         """
-        basis = self._require_basis()
+        basis = self._own_basis()
         return basis.apply(self.multipliers(), matrix)
 
     def multipliers(self) -> Tensor:
         """What a gradient in the basis is multiplied by: eigenvalues of ``(F̂ + λ I)^(−power)``."""
         return self._damped_eigenvalues().pow(-self.group["power"])
 
-    def update(
-        self,
-        gradient_scale: float | None,
-        factor_decay: float,
-        scale_decay: float,
-        usable: Verdict = YES,
-    ) -> Report:
-        """Bring the estimate up to date: factors, basis, rescaling, as far as they are due.
+    def tell(self) -> list[int]:
+        """What ranks have to agree on before they go on from a batch, the highest of all counting.
+
+        Whether the layer was seen, with how many rows and how much work, and in which form: by
+        that and its negative, of which ranks that have not seen it leave the others' as they are.
+        """
+        form = self.layer.form
+        signed = [*form, *(-each for each in form)]
+        work = self._work or self.work
+        return [
+            self.pending,
+            work,
+            self._positions,
+            *(signed if self.pending else map(_low, form * 2)),
+        ]
+
+    def hear(self, said: Sequence[int]) -> None:
+        """Go on from what all ranks told.
+
+        Raises:
+            RuntimeError: if they use the layer differently.
+        """
+        pending, self.work, self.positions, *signed = said
+        self._work, self._positions = 0, self.positions
+        self.pending = bool(pending)
+        half = len(signed) // 2
+        form, lowest = signed[:half], [-each for each in signed[half:]]
+        if not pending or not self.factors.empty:
+            return
+        if form != lowest:
+            raise RuntimeError(
+                f"ranks use layer {self.name!r} differently: its weight is not on the same side of "
+                "its product everywhere, or its bias is not added everywhere"
+            )
+        self.layer.adopt(tuple(form))
+
+    def finish(self, own_mean: bool) -> None:
+        """The batch is complete, as far as this rank has seen it.
 
         Args:
-            gradient_scale: what the output gradients observed are to be multiplied by; None for
-                the number of terms in the batches observed.
-            factor_decay: ε2 of (3.6) and (3.7).
-            scale_decay: ε1 of (3.8).
+            own_mean: whether the gradients observed are those of a mean over the terms observed
+                here: they are multiplied by the number of these then.
+        """
+        self._gradient_scale = self._terms if own_mean else 1.0
+        if own_mean and self.pending:
+            self.factors.scale_gradients(self._gradient_scale**2)
+
+    def sums(self, late: bool) -> dict[str, Tensor]:
+        """What this rank adds to the batch's sums, zeros where it has seen nothing.
+
+        Args:
+            late: whether only those are meant that have to wait for the basis.
+        """
+        if late:
+            return {}
+        like = self._like()
+        counts = {"units": self._units, "terms": self._terms}
+        sums = {name: torch.as_tensor(each).to(like) for name, each in counts.items()}
+        if self.due.factors:
+            layer = self.layer
+            sums |= {
+                f"factor.{name}": value
+                for name, value in self.factors.sums(
+                    self.groups, layer.d_in, layer.d_out, like
+                ).items()
+            }
+        return sums
+
+    def take_sums(self, sums: dict[str, Tensor]) -> None:
+        """Go on with the sums of all ranks together, as of `sums`."""
+        self.pending = True
+        if "terms" in sums:
+            # Of nothing at all the mean is not used, and has to be a number.
+            self._units, self._terms = sums["units"].clamp_min(1), sums["terms"]
+        factors = _under(sums, "factor.")
+        if factors:
+            self.factors.take_sums(factors)
+
+    def learn(self, decay: float, usable: Verdict = YES) -> None:
+        """Bring the factors up to date, if they are due.
+
+        Args:
+            decay: ε2 of (3.6) and (3.7).
             usable: whether what was observed may be used. If that is open, no basis is due and
                 there is an estimate already, nothing is read from the device.
         """
-        self.work = self._work or self.work
         if self.pending or self.due.basis:
             self._damping_kept = None
         some, terms = self.pending, self._terms
-        used, failed = usable, False
+        used = usable
         if some and isinstance(terms, Tensor):
             if used.open:
                 used = used.also(terms > 0)
@@ -325,22 +417,90 @@ class Block(ABC):
             else:
                 # A batch in which no term counts says nothing.
                 some = bool(terms > 0)
-        scale = terms if gradient_scale is None else gradient_scale
         if some and self.due.factors:
             if self.empty and self.factors.silent:
                 self.silent = True
                 self.discard()
-                return Report()
-            used = self.factors.update(self._units, terms, scale, factor_decay, used)
-        if self.due.basis and not self.factors.empty and not used.refused:
-            failed = not self._refresh()
+                return
+            used = self.factors.update(self._units, terms, decay, used)
+        self._some, self._used = some, used
+
+    @property
+    def rescaling(self) -> bool:
+        """Whether samples that waited for the basis are to be taken into the sums now."""
+        due = self.due.scale and self.due.late
+        return due and self.basis is not None and not self._used.refused
+
+    @property
+    def refreshing(self) -> bool:
+        """Whether a new basis is to be made now."""
+        return self.due.basis and not self.factors.empty and not self._used.refused
+
+    def eigen(self) -> list[Tensor]:
+        """Eigenvalues and eigenvectors of the factors, and whether they could be had.
+
+        Where another rank holds the factors, or they could not be had, the numbers say nothing.
+        """
+        input, output = self.factors.input.eigen(), self.factors.output.eigen()
+        if input is None or output is None:
+            return self.eigen_shapes()
+        found = [each.to(self.layer.dtype) for pair in (input, output) for each in pair]
+        return [*found, torch.ones((), device=found[0].device)]
+
+    def eigen_shapes(self) -> list[Tensor]:
+        """What `eigen` gives where the factors are, as zeros."""
+        like, found = self._like(), []
+        for d, k in zip((self.layer.d_in, self.layer.d_out), self.kept, strict=True):
+            found += [like.new_zeros(self.groups, k + (k < d)), like.new_zeros(self.groups, d, k)]
+        return [*found, torch.zeros((), device=like.device)]
+
+    def refresh(self, found: list[Tensor]) -> bool:
+        """Go over to a new basis, by `eigen`; whether that could be had."""
+        *values, had = found
+        if not bool(had):
+            return False
+        input, output = (values[0], values[1]), (values[2], values[3])
+        self.factors.input.follow(*input)
+        self.factors.output.follow(*output)
+        vectors = input[1].to(self.storage), output[1].to(self.storage)
+        new = Basis(*vectors, input[0], output[0])
+        if self.basis is not None:
+            self._change_basis(self.basis, new)
+        self.basis = new
+        return True
+
+    def vectors(self) -> list[Tensor]:
+        """The eigenvectors, input side first."""
+        assert self.basis is not None
+        return [self.basis.input, self.basis.output]
+
+    def borrow(self, vectors: Sequence[Tensor]) -> None:
+        """Have the eigenvectors that another rank holds, until `release`."""
+        assert self.basis is not None
+        values = self.basis.input_values, self.basis.output_values
+        if not self.held:
+            self.basis = Basis(vectors[0], vectors[1], *values)
+
+    def rotate(self) -> None:  # noqa: B027
+        """Take what waited for the basis into the sums; nothing where there is no rescaling."""
+
+    def finish_update(self, decay: float) -> Report:
+        """Bring the rescaling up to date, if it is due, and be done with the batch.
+
+        Args:
+            decay: ε1 of (3.8).
+        """
+        some, used = self._some, self._used
         if some and self.basis is not None and not used.refused:
             # What the factors could not use is not used here either.
-            used = self._rescale(scale, scale_decay, used)
+            used = self._rescale(decay, used)
         if some and not used.refused:
             self._row_norm = used.choose(self.layer.row_norm, self._row_norm)
         self.discard()
-        return Report(used if some else YES, failed)
+        return Report(used if some else YES)
+
+    def _like(self) -> Tensor:
+        return torch.empty((), dtype=self.layer.dtype, device=self.layer.full.device)
 
     def _here(self, count: Tensor) -> Tensor:
         return count.to(self.layer.full.device, non_blocking=True)
@@ -354,6 +514,8 @@ class Block(ABC):
         self.factors.clear()
         self.pending = False
         self._units, self._terms = 0, 0.0
+        self._gradient_scale = 1.0
+        self._some, self._used = False, YES
         self._work = 0
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -375,9 +537,10 @@ class Block(ABC):
         basis = _under(state, "basis.")
         self.factors.load_state_dict(_under(state, "factor."), basis)
         self.basis = Basis(**basis) if basis else None
+        self.release()
         self._row_norm = state["row_norm"]
         self.silent = bool(state["silent"])
-        self.positions = int(state.get("positions", 1))
+        self.positions = self._positions = int(state.get("positions", 1))
 
     def _adopted(self, name: str, value: Tensor) -> Tensor:
         dtype = self.storage if name in STORED else self.layer.dtype
@@ -421,7 +584,7 @@ class Block(ABC):
         more_in, more_out = damping * pi, damping / pi
         return output * more_in, more_out * (input + more_in)
 
-    def _rescale(self, gradient_scale: Tensor | float, decay: float, usable: Verdict) -> Verdict:
+    def _rescale(self, decay: float, usable: Verdict) -> Verdict:
         """Average the batch's rescaling in, if it is finite and usable; whether it was."""
         return usable
 
@@ -429,19 +592,6 @@ class Block(ABC):
         """Called when the basis is refreshed; nothing to do where the rescaling comes with it."""
 
     # -- inside ------------------------------------------------------------------------------------
-
-    def _refresh(self) -> bool:
-        input, output = self.factors.input.eigen(), self.factors.output.eigen()
-        if input is None or output is None:
-            return False
-        self.factors.input.follow(*input)
-        self.factors.output.follow(*output)
-        vectors = input[1].to(self.storage), output[1].to(self.storage)
-        new = Basis(*vectors, input[0].to(self.layer.dtype), output[0].to(self.layer.dtype))
-        if self.basis is not None:
-            self._change_basis(self.basis, new)
-        self.basis = new
-        return True
 
     def _expanded(self, values: Tensor) -> Tensor:
         """Values for every coordinate, ``(G, d_out, d_in)``."""
@@ -464,6 +614,15 @@ class Block(ABC):
                 "backward pass reaches the layer"
             )
         return self.basis
+
+    def _own_basis(self) -> Basis:
+        basis = self._require_basis()
+        if not self.held:
+            raise RuntimeError(
+                f"block {self.name!r} is held by another rank: state_dict() gathers all, and "
+                'placement="replicated" keeps all on every rank'
+            )
+        return basis
 
     def _matrix(self, vector: Tensor) -> Tensor:
         if vector.shape not in {self.shape, (self.dim,)}:
@@ -522,10 +681,10 @@ class CorrectedBlock(Block):
         super().observe(sample)
         if self.due.scale:
             read = scale_reading(self.layer, sample, self.due.scale_examples)
-            part = sample.head(read.examples, copied=self.due.basis)
+            part = sample.head(read.examples, copied=self.due.late)
             if part.first:
                 self._rescaled = self._rescaled + self._here(part.term_count)
-            if self.due.basis:
+            if self.due.late:
                 # Until the basis that it belongs to is known.
                 self._pending.append((part, read.dtype))
             else:
@@ -548,6 +707,7 @@ class CorrectedBlock(Block):
         super().load_state_dict(state)
         scale = state.get("scale")
         self.scale = None if scale is None else self._adopted("scale", scale)
+        self.release()
 
     def _add_squares(self, sample: Sample, dtype: torch.dtype | None) -> None:
         assert self.basis is not None
@@ -562,11 +722,38 @@ class CorrectedBlock(Block):
                 bases = bases[0].to(gradients.dtype), bases[1].to(gradients.dtype)
                 self._sum = squared_gradients(gradients, *bases, self._sum)
 
-    def _rescale(self, gradient_scale: Tensor | float, decay: float, usable: Verdict) -> Verdict:
-        for waiting in self._pending:
-            self._add_squares(*waiting)
+    def finish(self, own_mean: bool) -> None:
+        super().finish(own_mean)
+        if self._sum is not None:
+            self._sum.mul_(self._gradient_scale**2)
+
+    def sums(self, late: bool) -> dict[str, Tensor]:
+        sums = super().sums(late)
+        if self.due.scale and late == self.due.late and self.basis is not None:
+            like = self._like()
+            found = like.new_zeros(self.basis.counts.shape) if self._sum is None else self._sum
+            sums |= {
+                "scale": found.to(like.dtype).expand(self.groups, -1, -1),
+                "rescaled": torch.as_tensor(self._rescaled).to(like),
+            }
+        return sums
+
+    def take_sums(self, sums: dict[str, Tensor]) -> None:
+        super().take_sums(sums)
+        if "scale" in sums:
+            self._sum, self._rescaled = sums["scale"], sums["rescaled"]
+
+    def rotate(self) -> None:
+        if self._pending and self.basis is not None:
+            for waiting in self._pending:
+                self._add_squares(*waiting)
+            self._pending.clear()
+            assert self._sum is not None
+            self._sum.mul_(self._gradient_scale**2)
+
+    def _rescale(self, decay: float, usable: Verdict) -> Verdict:
         if self._sum is None:
-            return super()._rescale(gradient_scale, decay, usable)
+            return super()._rescale(decay, usable)
         some = torch.as_tensor(self._rescaled) > 0
         if not usable.open and not bool(some):
             return usable  # none of the examples read has a term
@@ -582,13 +769,27 @@ class CorrectedBlock(Block):
             past = past.to(self._sum.dtype)
         assert self.basis is not None
         terms = torch.as_tensor(self._rescaled).clamp_min(torch.finfo(torch.float32).tiny)
-        mean = self._sum * (gradient_scale**2 / terms) / self.basis.counts
+        mean = self._sum * (1 / terms) / self.basis.counts
+        if not self.held:
+            # The average is another rank's; of the trace everybody knows.
+            before = None if self.scale is None else self.fisher_trace()
+            trace = averaged(before, (mean * self.basis.counts).sum(), past)
+            self.scale = mean.to("meta", self.storage)
+            self._trace_kept = self.scale, trace
+            return used
         old = None if self.scale is None else self.scale.to(mean.dtype)
         self.scale = averaged(old, mean, past).to(self.storage)
         return used
 
+    def release(self) -> None:
+        super().release()
+        if self.scale is not None and not self.held and not self.scale.is_meta:
+            trace = self.fisher_trace()
+            self.scale = self.scale.to("meta")
+            self._trace_kept = self.scale, trace
+
     def _change_basis(self, old: Basis, new: Basis) -> None:
-        if self.scale is not None:
+        if self.scale is not None and self.held:
             dtype = self.layer.dtype
             overlaps = (
                 overlap(u.to(dtype), v.to(dtype))
@@ -616,6 +817,11 @@ class CorrectedBlock(Block):
             trace = (self.scale.to(self.layer.dtype) * self._require_basis().counts).sum()
             kept = self._trace_kept = self.scale, trace
         return kept[1]
+
+
+def _low(_: int) -> int:
+    """Less than anybody says."""
+    return -(2**62)
 
 
 def _under(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -46,11 +46,33 @@ class Factors(ABC):
                 with gradients for other labels: what does not depend on ``g`` is then as it was.
         """
 
+    def hold(self, held: bool) -> None:
+        """Keep the estimate here, or leave that to another rank."""
+        self.input.held = self.output.held = held
+
+    def sums(self, groups: int, d_in: int, d_out: int, like: Tensor) -> dict[str, Tensor]:
+        """The batch's sums in the type of ``like``; zeros where there are none."""
+        widths = d_in, d_out
+        return {
+            f"{name}{part}": value
+            for (name, moment), width in zip(self._moments(), widths, strict=True)
+            for part, value in moment.sums(groups, width, like).items()
+        }
+
+    def take_sums(self, sums: dict[str, Tensor]) -> None:
+        """Go on with other sums, as of `sums`."""
+        for name, moment in self._moments():
+            own = {key: value for key, value in sums.items() if key.startswith(name)}
+            moment.take_sums({key.removeprefix(name): value for key, value in own.items()})
+
+    @abstractmethod
+    def scale_gradients(self, square: Tensor | float) -> None:
+        """Multiply the batch's sums as if every ``g`` had been multiplied by the root of this."""
+
     def update(
         self,
         units: Tensor | float,
         terms: Tensor | float,
-        gradient_scale: Tensor | float,
         decay: float,
         usable: Verdict = YES,
     ) -> Verdict:
@@ -59,7 +81,6 @@ class Factors(ABC):
         Args:
             units: number of examples in the sums.
             terms: number of the likelihood's terms in them: what the matrix is a mean over.
-            gradient_scale: what every ``g`` is to be multiplied by.
             decay: ε2 of (3.6) and (3.7).
             usable: whether the batch may be used at all. If that is open, nothing is read from the
                 device, unless it is the first batch.
@@ -77,17 +98,13 @@ class Factors(ABC):
             if isinstance(past, Tensor):
                 assert self.input.sum is not None
                 past = past.to(self.input.sum.dtype)[None]
-            self._average(units, terms, gradient_scale, past)
+            self._average(units, terms, past)
+            self.input.release()
+            self.output.release()
         return used
 
     @abstractmethod
-    def _average(
-        self,
-        units: Tensor | float,
-        terms: Tensor | float,
-        gradient_scale: Tensor | float,
-        decay: Tensor | float,
-    ) -> None:
+    def _average(self, units: Tensor | float, terms: Tensor | float, decay: Tensor | float) -> None:
         """Average the batch's sums in."""
 
     @property
@@ -150,23 +167,24 @@ class KroneckerFactors(Factors):
     is the mean over examples, ``G`` over the likelihood's terms, so that ``A ⊗ G`` is, too.
     """
 
+    _turned = False
+    """Whether the columns see output gradients, and the rows inputs (`Sample.swapped`)."""
+
     def add(self, rows: Rows, first: bool) -> None:
         each = rows.positions / rows.a.shape[2]  # positions that each of those read stands for
         new_a, new_g = rows.drawn
+        self._turned = not new_g
         if first or new_a:
             self.input.add(rows.a, each)
         if first or new_g:
             self.output.add(rows.g, each * rows.per_position)
 
-    def _average(
-        self,
-        units: Tensor | float,
-        terms: Tensor | float,
-        gradient_scale: Tensor | float,
-        decay: Tensor | float,
-    ) -> None:
+    def scale_gradients(self, square: Tensor | float) -> None:
+        (self.input if self._turned else self.output).scale_sums(square)
+
+    def _average(self, units: Tensor | float, terms: Tensor | float, decay: Tensor | float) -> None:
         self.input.average(units, decay)
-        self.output.average(terms / gradient_scale**2, decay)
+        self.output.average(terms, decay)
 
     @property
     def coefficient(self) -> Tensor:
@@ -197,13 +215,21 @@ class TraceRestrictedFactors(Factors):
         delta = (trace_omega * trace_gamma).sum(dim=1)
         self._delta = delta if self._delta is None else self._delta.add_(delta)
 
-    def _average(
-        self,
-        units: Tensor | float,
-        terms: Tensor | float,
-        gradient_scale: Tensor | float,
-        decay: Tensor | float,
-    ) -> None:
+    def sums(self, groups: int, d_in: int, d_out: int, like: Tensor) -> dict[str, Tensor]:
+        delta = like.new_zeros(groups) if self._delta is None else self._delta.to(like.dtype)
+        return super().sums(groups, d_in, d_out, like) | {"delta": delta}
+
+    def take_sums(self, sums: dict[str, Tensor]) -> None:
+        super().take_sums(sums)
+        self._delta = sums["delta"]
+
+    def scale_gradients(self, square: Tensor | float) -> None:
+        self.input.scale_sums(square)
+        self.output.scale_sums(square)
+        if self._delta is not None:
+            self._delta.mul_(square)
+
+    def _average(self, units: Tensor | float, terms: Tensor | float, decay: Tensor | float) -> None:
         assert self._delta is not None
         delta, first = self._delta, self.empty
         silent = delta <= 0
@@ -214,7 +240,7 @@ class TraceRestrictedFactors(Factors):
             if first:
                 # Of a group without any gradient no direction is known to differ from another.
                 moment.add_identity(silent.to(delta.dtype))
-        self.delta = averaged(self.delta, delta * (gradient_scale**2 / terms), decay)
+        self.delta = averaged(self.delta, delta / terms, decay)
 
     def clear(self) -> None:
         super().clear()

@@ -6,7 +6,14 @@ import torch
 from torch import Tensor
 
 from tekfac.curvature.linalg import eigh, leading, orthonormal
-from tekfac.curvature.statistics import averaged, second_moment, sketched, symmetric
+from tekfac.curvature.statistics import (
+    averaged,
+    folded,
+    second_moment,
+    sketched,
+    symmetric,
+    unfolded,
+)
 from tekfac.numerics import square_norms, wide
 from tekfac.verdict import Verdict
 
@@ -24,9 +31,12 @@ class Moment:
         storage: what the estimate is kept in between steps; None for what it is computed in.
 
     Attributes:
-        value: ``(G, d, d)``, or ``M P``, ``(G, d, rank)``; None before the first batch.
+        value: ``(G, d, d)``, or ``M P``, ``(G, d, rank)``; None before the first batch. On the meta
+            device where another rank holds it.
         trace: ``(G,)`` along with ``M P``, else None.
         probe: ``P``, ``(G, d, rank)``, or None.
+        held: whether the estimate is kept here, and not by another rank. What batches' sums need of
+            it, the trace and the probe, is kept in any case.
     """
 
     def __init__(self, rank: int | None, storage: torch.dtype | None) -> None:
@@ -37,6 +47,7 @@ class Moment:
         self.probe: Tensor | None = None
         self.sum: Tensor | None = None
         self._trace_sum: Tensor | None = None
+        self.held = True
 
     def add(self, rows: Tensor, weights: Tensor | float) -> None:
         """Add ``Σ_n w_n Σ_t x_nt x_ntᵀ`` to the batch's sum.
@@ -45,17 +56,46 @@ class Moment:
             rows: ``(G, N, T, d)``.
             weights: one per example, ``(G, N)``, or one for all.
         """
-        groups, width = rows.shape[0], rows.shape[3]
-        if self.value is None and self.sum is None:
-            kept, self.probe = self.kept(width), None
-            if kept < width:
-                self.probe = orthonormal(groups, width, kept, rows)
+        self._begin(rows.shape[0], rows.shape[3], rows)
         if self.probe is None:
             self.sum = second_moment(rows, weights, self.sum)
         else:
             self.sum = sketched(rows, weights, self.probe.to(rows.dtype), self.sum)
             trace = (square_norms(rows) * weights).sum(dim=1)
             self._trace_sum = trace if self._trace_sum is None else self._trace_sum.add_(trace)
+
+    def _begin(self, groups: int, width: int, like: Tensor) -> None:
+        if self.value is None and self.sum is None:
+            kept, self.probe = self.kept(width), None
+            if kept < width:
+                self.probe = orthonormal(groups, width, kept, like)
+
+    def sums(self, groups: int, width: int, like: Tensor) -> dict[str, Tensor]:
+        """The batch's sums in the type of ``like``, with nothing twice; zeros before the first."""
+        self._begin(groups, width, like)
+        if self.probe is None:
+            upper = like.new_zeros(groups, width, width) if self.sum is None else self.sum
+            return {"": folded(upper.to(like.dtype))}
+        if self.sum is None or self._trace_sum is None:
+            return {"": like.new_zeros(self.probe.shape), "_trace": like.new_zeros(groups)}
+        return {"": self.sum.to(like.dtype), "_trace": self._trace_sum.to(like.dtype)}
+
+    def take_sums(self, sums: dict[str, Tensor]) -> None:
+        """Go on with other sums, as of `sums`."""
+        self.sum = unfolded(sums[""]) if self.probe is None else sums[""]
+        self._trace_sum = sums.get("_trace")
+
+    def scale_sums(self, factor: Tensor | float) -> None:
+        """Multiply the batch's sums."""
+        if self.sum is not None:
+            self.sum.mul_(factor)
+        if self._trace_sum is not None:
+            self._trace_sum.mul_(factor)
+
+    def release(self) -> None:
+        """Keep only the estimate's shape, if another rank holds it."""
+        if self.value is not None and not self.held:
+            self.value = self.value.to("meta")
 
     def kept(self, width: int) -> int:
         """How many eigenvectors of ``width`` are kept."""
@@ -81,7 +121,7 @@ class Moment:
         assert self.sum is not None
         new = symmetric(self.sum) if self.probe is None else self.sum
         new.div_(_for_matrices(divisor))
-        old = None if self.value is None else self.value.to(new.dtype)
+        old = None if self.value is None or not self.held else self.value.to(new.dtype)
         self.value = averaged(old, new, _for_matrices(past)).to(self.storage or new.dtype)
         if self._trace_sum is not None:
             self.trace = averaged(self.trace, self._trace_sum.div_(divisor), past)
@@ -123,6 +163,7 @@ class Moment:
             # On the new probe, the isotropic remainder does not act.
             product = vectors * values[:, None, :-1]
             self.probe, self.value = vectors.to(self.value.dtype), product.to(self.value.dtype)
+            self.release()
 
     def load(self, value: Tensor | None, trace: Tensor | None, vectors: Tensor | None) -> None:
         """Take over an estimate, and the eigenvectors of the basis that it belongs to, if any."""
@@ -131,6 +172,7 @@ class Moment:
         if value is not None and trace is not None:
             groups, width, rank = value.shape
             self.probe = orthonormal(groups, width, rank, value) if vectors is None else vectors
+        self.release()
 
     def clear(self) -> None:
         """Forget the batch in flight."""

@@ -44,7 +44,7 @@ class Reading:
     dtype: torch.dtype | None = None
 
 
-def factor_reading(layer: Layer, sample: Sample, rows: int | None) -> Reading:
+def factor_reading(layer: Layer, sample: Sample, rows: float | None) -> Reading:
     """What the factors are to read.
 
     Args:

@@ -81,6 +81,27 @@ def symmetric(upper: Tensor) -> Tensor:
     return upper.add_(upper.triu(1).mT)
 
 
+def folded(upper: Tensor) -> Tensor:
+    """An upper triangle ``(G, d, d)`` without what is below it, ``(G, ⌈d/2⌉, d + 1)``.
+
+    Row ``i`` is as long as row ``d - 1 - i`` leaves room for: that lies before it, backwards.
+    """
+    groups, d, half = upper.shape[0], upper.shape[1], -(-upper.shape[1] // 2)
+    packed = upper.new_zeros(groups, half, d + 1)
+    packed[:, :, 1:] = upper[:, :half].triu()
+    packed[:, :, :d] += upper[:, d - half :].flip(1, 2).tril()
+    return packed
+
+
+def unfolded(packed: Tensor) -> Tensor:
+    """The inverse of `folded`, with zeros below the diagonal."""
+    groups, half, d = packed.shape[0], packed.shape[1], packed.shape[2] - 1
+    upper = packed.new_zeros(groups, d, d)
+    upper[:, :half] = packed[:, :, 1:].triu()
+    upper[:, d - half :] = packed[:, :, :d].tril().flip(1, 2)
+    return upper
+
+
 def added(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
     """``total + left @ right`` in place, or the product alone; batches of matrices."""
     if total is None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrize import ParametrizationList
 
 from tekfac.layers.convolution import ConvLayer, Geometry
@@ -122,6 +123,35 @@ def layer_of(module: nn.Module, *, weight: bool = True, name: str = "layer") -> 
     return candidate.make(name, candidate.weight, own, candidate.bias)
 
 
+def plain_names(model: nn.Module) -> dict[str, nn.Module]:
+    """A model's modules by name, as if nothing was wrapped.
+
+    So a layer has the same name whether the model is trained by one process or several, compiled or
+    not, and a state fits either.
+    """
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        found[plain_name(model, name)] = module  # of a wrapper and what is in it, the latter
+    return found
+
+
+def plain_name(model: nn.Module, name: str) -> str:
+    """A module's name without the parts that lead from a wrapper to what is wrapped."""
+    parts, module = [], model
+    for part in name.split(".") if name else []:
+        if _wraps(module) != part:
+            parts.append(part)
+        module = module._modules.get(part) or module
+    return ".".join(parts)
+
+
+def _wraps(module: nn.Module) -> str | None:
+    """Under which name a module has what it only wraps."""
+    if isinstance(module, DistributedDataParallel):
+        return "module"
+    return "_orig_mod" if type(module).__name__ == "OptimizedModule" else None
+
+
 def assign(model: nn.Module, exclude: Sequence[str | type[nn.Module]]) -> Assignment:
     """Find a model's layers, as far as they can be told before any use is seen.
 
@@ -137,7 +167,8 @@ def assign(model: nn.Module, exclude: Sequence[str | type[nn.Module]]) -> Assign
         raise TypeError(
             f"exclude takes a list of module names and nn.Module classes, got {exclude!r}"
         )
-    names = dict(model.named_modules())
+    names = plain_names(model)
+    exclude = [plain_name(model, entry) if isinstance(entry, str) else entry for entry in exclude]
     for entry in exclude:
         if isinstance(entry, str):
             if entry not in names:
@@ -177,12 +208,12 @@ def assign(model: nn.Module, exclude: Sequence[str | type[nn.Module]]) -> Assign
             result.candidates[label] = candidate
             result.owner.update(dict.fromkeys(parameters, label))
     for module in names.values():
-        for parameter in module._parameters.values():
-            if parameter is not None and parameter not in result.owner:
+        for p in module._parameters.values():
+            if p is not None and p not in result.owner:
                 reason = (
                     "left out by exclude"
-                    if parameter in left_out
+                    if p in left_out
                     else f"{type(module).__name__} has no curvature block"
                 )
-                result.reasons.setdefault(parameter, reason)
+                result.reasons.setdefault(p, reason)
     return result

@@ -86,6 +86,16 @@ class Layer(ABC):
         self.bias = None
         self._measure()
 
+    @property
+    def form(self) -> tuple[int, ...]:
+        """How the layer is used, as far as that is seen at its first use; see `adopt`."""
+        return (int(self.bias is not None),)
+
+    def adopt(self, form: tuple[int, ...]) -> None:
+        """Be used as a layer whose `form` this is."""
+        if self.bias is not None and not form[0]:
+            self.without_bias()
+
     def resemble(
         self, shape: tuple[int, int], parameters: int, transposed: bool | None = None
     ) -> None:

@@ -31,6 +31,15 @@ class LinearLayer(Layer):
         self.transposed = not self.transposed
         self._measure()
 
+    @property
+    def form(self) -> tuple[int, ...]:
+        return (*super().form, int(self.transposed))
+
+    def adopt(self, form: tuple[int, ...]) -> None:
+        super().adopt(form)
+        if bool(form[1]) != self.transposed:
+            self.turn()
+
     def resemble(
         self, shape: tuple[int, int], parameters: int, transposed: bool | None = None
     ) -> None:

@@ -76,7 +76,7 @@ class EKFAC(NaturalGradient):
 
     def _due(self, step: int) -> Due:
         scale = self._is_due(step, self.scale_every, STATISTICS)
-        examples = amount_at(self.scale_every, self.scale_examples)
+        examples = self._ranks.share(amount_at(self.scale_every, self.scale_examples))
         return replace(super()._due(step), scale=scale, scale_examples=examples)
 
     def _decays(self) -> tuple[float, float]:

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import inspect
 import math
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
 from functools import reduce
 from types import MappingProxyType
-from typing import Any, ClassVar, TypedDict, overload
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict, overload
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +25,7 @@ from tekfac.capture.graph import REENTRANT, multiplies
 from tekfac.capture.likelihoods import Likelihood, make_likelihoods
 from tekfac.capture.outputs import chosen_outputs, find_outputs
 from tekfac.checks import check_count, check_decay, check_positive
-from tekfac.curvature.blocks import Block, Due
+from tekfac.curvature.blocks import STORED, Block, Due
 from tekfac.curvature.damping import Damping, MeanDamping
 from tekfac.layers import Layer, assign
 from tekfac.optimizer import state
@@ -51,7 +50,14 @@ from tekfac.optimizer.update import (
     within_kl,
     within_rms,
 )
+from tekfac.ranks.group import check_alike, digest, facts_of, ranks_of
+from tekfac.ranks.placement import check_placement, divided, holders, unit_size
+from tekfac.ranks.ranks import Ranks
 from tekfac.verdict import YES, Verdict
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class Common(TypedDict, total=False):
@@ -80,6 +86,9 @@ class Common(TypedDict, total=False):
     exclude: Sequence[str | type[nn.Module]]
     first_order: Adam
     params: Iterable[dict[str, Any]] | None
+    process_group: ProcessGroup | DeviceMesh | None
+    placement: str | float
+    communication: torch.dtype | None
 
 
 class NaturalGradient(torch.optim.Optimizer):
@@ -177,10 +186,21 @@ class NaturalGradient(torch.optim.Optimizer):
             "weight_decay", "damping", "power" and "rms_clip"; None for all parameters that require
             a gradient. A group that mixes layers' parameters with others becomes two.
 
+        process_group: the ranks that train the model together (docs/ranks.md): a process group, or
+            a `DeviceMesh` of one dimension. None for that of a `DistributedDataParallel` in the
+            model, or else for all ranks, if torch.distributed is initialised.
+        placement: which ranks hold the curvature state: "replicated", all of it on every rank;
+            "sharded", each layer's on one rank, which tells the others what it makes of each
+            gradient; a number, the part of the state that a rank is to hold at most; "auto",
+            replicated up to a GiB of it.
+        communication: dtype in which ranks send sums of matrices, such as ``torch.bfloat16``, which
+            halves what is sent. None for that in which they are summed up.
+
     Raises:
         TypeError: if ``model`` is no module, or an argument is of the wrong type.
-        ValueError: for an argument out of its range, or a model without any supported layer.
-        NotImplementedError: for a DistributedDataParallel model on more than one rank.
+        ValueError: for an argument out of its range, a model without any supported layer, or if
+            ranks are given different models or settings.
+        NotImplementedError: for a model whose parameters are divided among ranks.
     """
 
     make_block: ClassVar[type[Block]]
@@ -225,14 +245,15 @@ class NaturalGradient(torch.optim.Optimizer):
         exclude: Sequence[str | type[nn.Module]] = (),
         first_order: Adam = Adam(),
         params: Iterable[dict[str, Any]] | None = None,
+        process_group: ProcessGroup | DeviceMesh | None = None,
+        placement: str | float = "auto",
+        communication: torch.dtype | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(
                 f"{self._method} needs the model itself, not its parameters, to see what its "
                 f"layers see: {self._method}(model, lr=...); got {type(model).__name__}"
             )
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            self._check_ranks(model)
         if loss_reduction not in ("mean", "sum"):
             raise ValueError(f'loss_reduction must be "mean" or "sum", got {loss_reduction!r}')
         if mean_over not in ("terms", "examples"):
@@ -256,7 +277,14 @@ class NaturalGradient(torch.optim.Optimizer):
         if not isinstance(first_order, Adam):
             raise TypeError(f"first_order must be a tekfac.Adam, got {first_order!r}")
 
+        check_placement(placement)
+
         self.model = model
+        self.placement = placement
+        self._ranks = ranks_of(model, process_group, communication)
+        self._unit = Ranks()
+        self._homes: dict[str, int] = {}
+        self._alike = False
         self.factor_every, self.basis_every = factor_every, basis_every
         self.interval_warmup = interval_warmup
         self.factor_decay, self.kl_clip = factor_decay, kl_clip
@@ -265,6 +293,10 @@ class NaturalGradient(torch.optim.Optimizer):
         self.first_order = first_order
         self.mean_over, self.batch_dim = mean_over, batch_dim
         self.fisher = make_fisher(fisher, mc_samples, generator)
+        self._seed = 0
+        if isinstance(self.fisher, SampledFisher):
+            own = self.fisher.generator.initial_seed()
+            self._seed = int(self._ranks.texts(str(own))[0])
         self.likelihoods = make_likelihoods(likelihood)
         self.output = output
         self._assignment = assign(model, exclude)
@@ -303,18 +335,41 @@ class NaturalGradient(torch.optim.Optimizer):
                 f"no layer that {self._method} supports ({_supported()}) has a parameter to train: "
                 "all are frozen, left out or not in the parameter groups"
             )
+        self._check_alike()
 
-    def _check_ranks(self, model: nn.Module) -> None:
-        """Don't let the parameters of a model that is trained on several ranks drift apart."""
-        ranks = torch.distributed.get_world_size()
-        words = (
-            f"{self._method} does not average curvature over ranks yet: the parameters of a model "
-            f"trained by {ranks} ranks together would drift apart"
-        )
-        if ranks > 1 and isinstance(model, nn.parallel.DistributedDataParallel):
-            raise NotImplementedError(words)
-        if ranks > 1:
-            warnings.warn(words, RuntimeWarning, stacklevel=4)
+    def _check_alike(self) -> None:
+        """Raise on all ranks unless they train the same model in the same way."""
+        if not self._alike:
+            check_alike(self._ranks, self._facts())
+            self._alike = True
+
+    def _facts(self) -> dict[str, str]:
+        """What ranks have to agree on, in words."""
+        settings: dict[str, object] = {
+            "method": self._method,
+            **{name: getattr(self, name) for name in self._settings},
+            "fisher": type(self.fisher).__name__,
+            "mc_samples": getattr(self.fisher, "samples", None),
+            "likelihood": [
+                each if is_dataclass(each) else type(each).__name__ for each in self.likelihoods
+            ],
+            "loss_reduction": self.loss_reduction,
+            "mean_over": self.mean_over,
+            "batch_dim": self.batch_dim,
+            "storage": self.storage,
+            "placement": self.placement,
+        }
+        return {
+            "their parameters": facts_of(dict(self.model.named_parameters())),
+            "their layers": "\n".join(self._blocks),
+            "their settings": "\n".join(f"{name}={value}" for name, value in settings.items()),
+            "their parameter groups": "\n".join(
+                f"{name}={len(value) if name == 'params' else value}"
+                for group in self.param_groups
+                for name, value in group.items()
+            ),
+            "the steps that they took": str(self._position),
+        }
 
     @property
     def _method(self) -> str:
@@ -443,6 +498,7 @@ class NaturalGradient(torch.optim.Optimizer):
         self._frozen.update(p for p in added if not p.requires_grad)
         if self._blocks and any(p in self._assignment.owner for p in added):
             self._build_blocks()
+        self._alike = False
 
     def _build_blocks(self) -> None:
         """Make the blocks of all layers in the curvature groups, and listen to them."""
@@ -458,7 +514,25 @@ class NaturalGradient(torch.optim.Optimizer):
         for name, layer in layers.items():
             group = group_of[layer.parameters[0]]
             self._blocks[name] = self.make_block(layer, group, self.rank, self.storage)
+        self._place()
         self._listen()
+
+    def _place(self) -> None:
+        """Decide which rank holds which block; those that have a place keep it."""
+        sizes = {name: block.state_bytes for name, block in self._blocks.items()}
+        if not self._homes:
+            size = unit_size(self.placement, self._ranks.count, sum(sizes.values()))
+            self._unit = self._ranks.unit(size)
+        unit = self._unit
+        loads = [0] * unit.count
+        for name, home in self._homes.items():
+            loads[home] += sizes[name]
+        new = [name for name in self._blocks if name not in self._homes]
+        everybody = [range(unit.count)] * len(new)
+        homes = divided([sizes[name] for name in new], everybody, loads)
+        self._homes |= zip(new, homes, strict=True)
+        for name in new:
+            self._blocks[name].hold(self._homes[name] == unit.number)
 
     def _group_of(self) -> dict[Tensor, dict[str, Any]]:
         """The group of each parameter that may be covered by a block."""
@@ -519,8 +593,9 @@ class NaturalGradient(torch.optim.Optimizer):
         if capture.passes == 0 and all(group["lr"] == 0 for group in self.param_groups):
             self._initialise()
             return loss
+        self._check_alike()
         wanted = YES
-        finite = self._finite()
+        finite = self._ranks.everywhere(self._finite())
         if finite is not None and self._leaves_open():
             wanted = Verdict(finite)
             self._events.decide(finite)
@@ -535,6 +610,7 @@ class NaturalGradient(torch.optim.Optimizer):
         for block in self._blocks.values():
             if block.pending and all(p.grad is None for p in block.layer.parameters):
                 block.discard()  # its gradients were cleared: there is nothing to step along
+        self._agree(capture)
         self._choose_newcomers()
         troubled = self._update_curvature(wanted)
         if not capture.missed:
@@ -589,7 +665,8 @@ class NaturalGradient(torch.optim.Optimizer):
         """What is due in a step, counted from 0."""
         factors = self._is_due(step, self.factor_every, STATISTICS)
         rows = amount_at(self.factor_every, self.factor_rows)
-        return Due(factors, scale=False, basis=False, factor_rows=rows)
+        here = None if rows is None else rows / self._ranks.count
+        return Due(factors, scale=False, basis=False, factor_rows=here)
 
     def _is_due(self, step: int, every: int, divisor: int) -> bool:
         return is_due(step, every, divisor if self.interval_warmup else None)
@@ -611,18 +688,21 @@ class NaturalGradient(torch.optim.Optimizer):
             )
         self._turns = self._choose()
         turns = {job.name for job in self._turns}
+        divided = self._unit.count > 1  # not every rank has every basis when it measures
         for block in self._blocks.values():
             basis = block.name in turns
             if block.factors.empty:
                 # Measured as soon as it can be, but a layer that no gradient reaches must not cost
                 # an extra backward pass in every step.
                 now = usual.factors or not block.silent
-                block.due = replace(usual, factors=now, scale=now, basis=now)
+                block.due = replace(usual, factors=now, scale=now, basis=now, late=True)
             else:
                 # A first basis has its rescaling with the next measurement: one for it alone would
                 # cost a backward pass in every turn.
-                scale = usual.scale and (basis or block.basis is not None)
-                block.due = replace(usual, scale=scale, basis=basis)
+                scale = usual.scale and (basis or divided or block.basis is not None)
+                block.due = replace(usual, scale=scale, basis=basis, late=basis or divided)
+        if isinstance(self.fisher, SampledFisher):
+            self._ranks.reseed(self.fisher.generator, self._seed, self._position)
         if self._capture is not None:
             self._capture.expect()
 
@@ -641,6 +721,26 @@ class NaturalGradient(torch.optim.Optimizer):
             return jobs
         return self._schedule.choose(jobs, self._step_cost())
 
+    def _agree(self, capture: Capture) -> None:
+        """Have all ranks know the same before a basis is made or a layer measured the first time.
+
+        On all other steps nothing that ranks do together depends on what one of them has seen.
+        """
+        blocks = self._blocks.values()
+        if not any(block.due.basis or (block.listening and block.empty) for block in blocks):
+            return
+        mark = digest(self._facts())
+        own = [block.tell() for block in blocks]
+        said = [mark, -mark, -int(capture.parallel), *(each for told in own for each in told)]
+        highest, lowest, unaveraged, *heard = self._ranks.highest(said)
+        if highest != -lowest:
+            check_alike(self._ranks, self._facts())
+        self._ranks.averaged |= unaveraged == -1
+        for block, told in zip(blocks, own, strict=True):
+            block.hear(heard[: len(told)])
+            heard = heard[len(told) :]
+        capture.settle(block.name for block in blocks if block.pending)
+
     def _choose_newcomers(self) -> None:
         """Choose again if blocks were measured for the first time: now what they take is known."""
         if any(block.factors.empty and block.pending for block in self._blocks.values()):
@@ -658,20 +758,47 @@ class NaturalGradient(torch.optim.Optimizer):
 
     def _update_curvature(self, wanted: Verdict) -> set[str]:
         """Bring all blocks up to date; names of those whose batch is known to be unusable."""
-        troubled = set()
-        scale = None if self.fisher is None and self.loss_reduction == "mean" else 1.0
-        listened = any(block.listening for block in self._blocks.values())
-        decays = self._decays() if listened else (0.0, 0.0)
-        for block in self._blocks.values():
-            report = block.update(scale, *decays, wanted)
+        blocks = list(self._blocks.values())
+        measured = [block for block in blocks if block.listening]
+        factor_decay, scale_decay = self._decays() if measured else (0.0, 0.0)
+        for block in blocks:
+            block.finish(own_mean=self.fisher is None and self.loss_reduction == "mean")
+        self._ranks.pool(measured, late=False)
+        for block in blocks:
+            block.learn(factor_decay, wanted)
+        troubled = self._refresh([block for block in blocks if block.refreshing])
+        self._ranks.pool([block for block in blocks if block.rescaling], late=True)
+        for block in blocks:
+            block.release()
+            report = block.finish_update(scale_decay)
             if report.used.open:
                 self._events.count("skipped_statistics", report.used.missed(wanted))
             elif report.used.refused:
                 troubled.add(block.name)
                 self._events.counts["skipped_statistics"] += 1
                 self._events.warn_of("skipped_statistics", f"layer {block.name!r}")
-            if report.failed:
-                troubled.add(block.name)
+        if measured:
+            self._update_fc_scale()
+        return troubled
+
+    def _refresh(self, due: Sequence[Block]) -> set[str]:
+        """Make new bases, each on one rank, and rotate what waited for them.
+
+        Returns:
+            The names of blocks for which none could be found.
+        """
+        ranks, failed = self._ranks, set()
+        places = [holders(self._homes[b.name], ranks.count, self._unit.count) for b in due]
+        makers = divided([block.refresh_cost for block in due], places, [0] * ranks.count)
+        own = [
+            block.eigen() if maker == ranks.number else block.eigen_shapes()
+            for block, maker in zip(due, makers, strict=True)
+        ]
+        sources = [maker for maker, each in zip(makers, own, strict=True) for _ in each]
+        found = iter(ranks.spread([tensor for each in own for tensor in each], sources))
+        for block, each in zip(due, own, strict=True):
+            if not block.refresh([next(found) for _ in each]):
+                failed.add(block.name)
                 self._events.counts["failed_decompositions"] += 1
                 self._events.warn(
                     "failed_decompositions",
@@ -679,20 +806,29 @@ class NaturalGradient(torch.optim.Optimizer):
                     "float64 either: the last good basis stays "
                     "(counters['failed_decompositions'] counts these)",
                 )
-        if listened:
-            self._update_fc_scale()
-        return troubled
+        known = {block.name for block in due} - failed
+        for block in self._blocks.values():
+            if block.rescaling:
+                if block.name not in known:
+                    home = self._homes[block.name]
+                    block.borrow(self._unit.spread(block.vectors(), [home, home]))
+                block.rotate()
+                block.release()
+        return failed
 
     def _update_fc_scale(self) -> None:
         """Bring β of the fully-connected blocks up to date, where the method has it."""
 
     def _note_unused(self, capture: Capture) -> None:
         """Don't look out in every step for layers that a backward pass, seen whole, came not by."""
-        if not capture.reached_layers:
+        new = [block for block in self._blocks.values() if block.listening and block.factors.empty]
+        if not new:
             return
-        for block in self._blocks.values():
-            if block.listening and block.factors.empty and not block.pending:
-                block.silent |= block.name not in capture.reached_layers
+        reached = capture.reached_layers
+        said = [int(bool(reached)), *(int(block.name in reached) for block in new)]
+        anything, *seen = self._ranks.highest(said)
+        for block, here in zip(new, seen, strict=True):
+            block.silent |= bool(anything and not here)
 
     def _check_measured(self, capture: Capture, troubled: set[str]) -> None:
         """Raise or warn if layers have gradients but no curvature, and no known trouble."""
@@ -782,7 +918,13 @@ class NaturalGradient(torch.optim.Optimizer):
                 gradients[name] = block.layer.matrix(
                     None if weight is None else weight.grad, None if bias is None else bias.grad
                 )
-        naturals = self._preconditioner.natural_gradients(self._blocks, gradients)
+        naturals = self._preconditioner.natural_gradients(
+            self._blocks,
+            {name: each for name, each in gradients.items() if self._blocks[name].held},
+        )
+        known = [naturals.get(name, gradient) for name, gradient in gradients.items()]
+        spread = self._unit.spread(known, [self._homes[name] for name in gradients])
+        naturals = dict(zip(gradients, spread, strict=True))
         if self.kl_clip is not None:
             naturals = within_kl(naturals, gradients, self._blocks, self.kl_clip)
         for name, natural in within_rms(naturals, self._blocks).items():
@@ -807,7 +949,7 @@ class NaturalGradient(torch.optim.Optimizer):
         parameter.
         """
         packed = super().state_dict()
-        state.add_blocks(packed, self.param_groups, self._blocks)
+        state.add_blocks(packed, self.param_groups, self._blocks, self._learnt())
         packed["tekfac"] = {
             "method": self._method,
             "blocks": state.layout_of(self.param_groups, self._blocks),
@@ -824,10 +966,21 @@ class NaturalGradient(torch.optim.Optimizer):
             # As text: it is no tensor that anybody should move, cast or shard.
             state_of = bytes(self.fisher.generator.get_state().tolist())
             packed["tekfac"]["generator"] = state_of.hex()
+            packed["tekfac"]["seed"] = self._seed
         if packed["param_groups"]:
             # Where torch.distributed.checkpoint, which knows of nothing else, takes it along.
             packed["param_groups"][0]["tekfac"] = packed["tekfac"]
         return packed
+
+    def _learnt(self) -> dict[str, dict[str, Tensor]]:
+        """All blocks' estimates by name, also those that other ranks hold."""
+        own = {name: block.state_dict() for name, block in self._blocks.items()}
+        shared = [(name, key) for name in own for key in own[name] if key in STORED]
+        values = [own[name][key] for name, key in shared]
+        whole = self._unit.spread(values, [self._homes[name] for name, _ in shared])
+        for (name, key), value in zip(shared, whole, strict=True):
+            own[name][key] = value
+        return own
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken; nothing is changed if it does not fit.
@@ -861,7 +1014,9 @@ class NaturalGradient(torch.optim.Optimizer):
             if isinstance(saved, str):  # in older states a tensor
                 saved = torch.tensor(list(bytes.fromhex(saved)), dtype=torch.uint8)
             self.fisher.generator.set_state(saved.cpu())
+            self._seed = own.get("seed", self._seed)  # not there in older states
         self._update_fc_scale()
+        self._alike = False
         self._set_due()
 
     def _scheduled(self, packed: dict[str, Any] | None) -> Schedule:

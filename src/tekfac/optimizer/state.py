@@ -35,15 +35,26 @@ def layout_of(groups: Groups, blocks: Blocks) -> dict[str, dict[str, Any]]:
     }
 
 
-def add_blocks(packed: dict[str, Any], groups: Groups, blocks: Blocks) -> None:
+def add_blocks(
+    packed: dict[str, Any],
+    groups: Groups,
+    blocks: Blocks,
+    learnt: Mapping[str, Mapping[str, Tensor]],
+) -> None:
     """Put the blocks' estimates into torch's form of the state, and damping rules in plain form.
 
     A block's tensors go to the state of the layer's first parameter, under names of their own.
+
+    Args:
+        packed: torch's form, which is added to.
+        groups: the optimizer's parameter groups.
+        blocks: the optimizer's blocks, by name.
+        learnt: their estimates, by name.
     """
     index = index_of(groups)
     for block in blocks.values():
         key = index[block.layer.parameters[0]]
-        own = {PREFIX + name: value for name, value in block.state_dict().items()}
+        own = {PREFIX + name: value for name, value in learnt[block.name].items()}
         packed["state"][key] = {**packed["state"].get(key, {}), **own}
     for group in packed["param_groups"]:
         group["damping"] = packed_damping(group["damping"])

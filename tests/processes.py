@@ -1,0 +1,122 @@
+"""Functions run by several processes at once, as ranks of one gloo group, within a time limit."""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+SECONDS = 60.0
+
+Work = Callable[..., Any]
+
+
+class Failed(AssertionError):
+    """A rank raised."""
+
+
+class Crew:
+    """Processes that wait for work; importing torch takes longer than most of it."""
+
+    def __init__(self, count: int) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "torch.distributed", "tekfac"])
+        self.pipes: list[Connection] = []
+        self.processes = []
+        for rank in range(count):
+            here, there = context.Pipe()
+            process = context.Process(target=_serve, args=(there, rank, count), daemon=True)
+            process.start()
+            there.close()
+            self.pipes.append(here)
+            self.processes.append(process)
+
+    def run(self, work: Work, args: tuple[Any, ...], seconds: float) -> list[Any]:
+        """What each rank's ``work(*args)`` gives; an exception stands for itself."""
+        with tempfile.TemporaryDirectory() as folder:
+            for pipe in self.pipes:
+                pipe.send((work, args, str(Path(folder, "store")), seconds))
+            end = time.monotonic() + seconds
+            results = []
+            for rank, pipe in enumerate(self.pipes):
+                if not pipe.poll(max(0.0, end - time.monotonic())):
+                    raise TimeoutError(f"rank {rank} took more than {seconds} seconds")
+                results.append(pipe.recv())
+            return results
+
+    def end(self) -> None:
+        """End the processes, whatever they are at."""
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+
+_crews: dict[int, Crew] = {}
+
+
+def together(count: int, work: Work, *args: Any, seconds: float = SECONDS) -> list[Any]:
+    """What ``work(*args)`` gives on each of several ranks.
+
+    Raises:
+        Failed: if it raises on any, with what it raised.
+        TimeoutError: if one does not come to an end.
+    """
+    results = outcomes(count, work, *args, seconds=seconds)
+    for rank, result in enumerate(results):
+        if isinstance(result, Failed):
+            raise Failed(f"rank {rank}: {result}")
+    return results
+
+
+def outcomes(count: int, work: Work, *args: Any, seconds: float = SECONDS) -> list[Any]:
+    """The same, with a `Failed` in place of what a rank gives that raises."""
+    if not _crews:
+        atexit.register(_end)
+    crew = _crews.pop(count, None) or Crew(count)
+    try:
+        results = crew.run(work, args, seconds)
+    except (TimeoutError, EOFError, ConnectionError):
+        crew.end()
+        raise
+    _crews[count] = crew
+    return results
+
+
+def _end() -> None:
+    for crew in _crews.values():
+        crew.end()
+
+
+def _serve(pipe: Connection, rank: int, count: int) -> None:
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    torch.set_num_threads(1)
+    while True:
+        try:
+            work, args, store, seconds = pipe.recv()
+        except EOFError:
+            return
+        torch.manual_seed(0)
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{store}",
+            rank=rank,
+            world_size=count,
+            timeout=timedelta(seconds=seconds / 2),
+        )
+        try:
+            result = work(*args)
+        except Exception as error:
+            result = Failed(f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
+        dist.destroy_process_group()
+        pipe.send(result)
