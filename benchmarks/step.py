@@ -179,7 +179,7 @@ def race(options: argparse.Namespace) -> None:
 
 
 PARTS = {
-    "backward pass for output gradients": "tekfac.capture.capture._gradients",
+    "backward pass for output gradients": "tekfac.capture.graph._gradients",
     "inputs and gradients as matrices": "tekfac.layers.Layer._rows",
     "traces of the examples": "tekfac.curvature.factors.TraceRestrictedFactors.add",
     "factors": "tekfac.curvature.moments.Moment.add",
