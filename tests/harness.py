@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import reference
 import tekfac
@@ -22,9 +24,34 @@ TRACED = ["TKFAC", "TEKFAC"]
 TOLERANCE = 1e-6
 
 
+# Operators whose result, or its size, the host has to read from the device.
+WAITING = {
+    "_local_scalar_dense", "item", "nonzero", "masked_select", "unique_dim", "_unique2", "equal",
+    "is_nonzero", "multinomial",
+}  # fmt: skip
+
+
+class Waits(TorchDispatchMode):
+    """Counts what would make the host wait for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = func.overloadpacket.__name__
+        indices = args[1] if name in ("index", "index_put", "index_put_") else ()
+        masks = [i for i in indices if isinstance(i, Tensor) and i.dtype == torch.bool]
+        if name in WAITING or masks:
+            self.found[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
 def relative(found: Tensor, expected: Tensor) -> float:
     """The distance in units of the expected norm."""
-    found, expected = found.detach(), expected.detach()
+    found, expected = found.detach().to(expected.device), expected.detach()
     return float((found - expected).norm() / expected.norm())
 
 
@@ -79,12 +106,13 @@ class SideBySide:
         self.fast = getattr(tekfac, method)(
             model, fisher=fisher, likelihood=likelihood, **{**every, **options}
         )
-        self.start = {name: p.detach().clone() for name, p in model.named_parameters()}
+        self.start = {name: p.detach().clone() for name, p in self.slow.model.named_parameters()}
 
     def step(self, x: Tensor, y: Tensor) -> SideBySide:
         """One step of both on the same batch."""
         self.fast.zero_grad()
-        self.loss(self.model(x), y).backward()
+        device = next(self.model.parameters()).device
+        self.loss(self.model(x.to(device)), y.to(device)).backward()
         self.fast.step()
         self.slow.step(x, y, self.loss, self.draws)
         return self
@@ -93,7 +121,7 @@ class SideBySide:
         """Each parameter's change since the start agrees to 1e-6 of the change's norm."""
         for name, p in self.slow.model.named_parameters():
             expected = p.detach() - self.start[name]
-            found = self.model.get_parameter(name).detach() - self.start[name]
+            found = self.model.get_parameter(name).detach().to(p.device) - self.start[name]
             assert relative(found, expected) < TOLERANCE, name
 
     def check_blocks(self) -> None:

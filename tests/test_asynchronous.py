@@ -6,7 +6,6 @@ The CPU stands in for the accelerator; what would make a host wait is counted by
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,37 +13,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import tekfac
-from harness import METHODS
+from harness import METHODS, Waits
 from tekfac import RelativeDamping, TraceDamping
 from tekfac.curvature import sampling
 
 FISHERS = ["mc", "exact", "empirical"]
-# Operators whose result, or its size, the host has to read from the device.
-WAITING = {
-    "_local_scalar_dense", "item", "nonzero", "masked_select", "unique_dim", "_unique2", "equal",
-    "is_nonzero", "multinomial",
-}  # fmt: skip
-
-
-class Waits(TorchDispatchMode):
-    """Counts what would make the host wait for the device."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: Counter[str] = Counter()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        name = func.overloadpacket.__name__
-        indices = args[1] if name in ("index", "index_put", "index_put_") else ()
-        masks = [i for i in indices if isinstance(i, Tensor) and i.dtype == torch.bool]
-        if name in WAITING or masks:
-            self.found[name] += 1
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.fixture(autouse=True)

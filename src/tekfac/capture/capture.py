@@ -456,10 +456,11 @@ class Capture:
     def _begin(self) -> None:
         """A backward pass begins: forget what came along with gradients that are gone by now."""
         pending = [block for block in self.blocks.values() if block.pending]
-        gone = [block for block in pending if cleared(block.layer.parameters)]
-        for block in gone:
-            block.discard()
-        if gone or not pending:
+        gone = cleared([block.layer.parameters for block in pending])
+        for block, without in zip(pending, gone, strict=True):
+            if without:
+                block.discard()
+        if any(gone) or not pending:
             self._waiting.clear()
         self.flush()
 
@@ -671,10 +672,20 @@ class _Overheard:
             self.capture.overheard(self.delivery, self.product, gradients[0])
 
 
-def cleared(parameters: Sequence[nn.Parameter]) -> bool:
-    """Whether the gradients that were there are gone, by whoever cleared them."""
-    grads = [p.grad for p in parameters if p.grad is not None]
-    return not grads or not any(bool(grad.any()) for grad in grads)
+def cleared(layers: Sequence[Sequence[nn.Parameter]]) -> list[bool]:
+    """Of which layers the gradients that were there are gone, by whoever cleared them."""
+    left: dict[int, Tensor] = {}
+    for number, parameters in enumerate(layers):
+        grads = [p.grad for p in parameters if p.grad is not None]
+        if grads:
+            left[number] = torch.stack([grad.any().to(grads[0].device) for grad in grads]).any()
+    if not left:
+        return [True] * len(layers)
+    # One look at the device for all of them.
+    first = next(iter(left.values()))
+    kept = torch.stack([each.to(first.device) for each in left.values()]).cpu().tolist()
+    there = dict(zip(left, kept, strict=True))
+    return [not there.get(number, False) for number in range(len(layers))]
 
 
 def parts_of(model: nn.Module, blocks: Mapping[str, Observer]) -> dict[nn.Module, str]:

@@ -60,8 +60,8 @@ def adam_step(
     if not params:
         return
     adam_state(params, state)
-    # By default torch takes a loop over the parameters on a CPU, a tenth as fast, and on a GPU
-    # reads the number of steps of every parameter from it.
+    # By default torch takes a loop over the parameters on a CPU, a tenth as fast, and on a GPU one
+    # that reads the number of each one's steps from there.
     fused: dict[str, Any] = {}
     if wanted.open or all(p.is_floating_point() for p in params):
         fused["fused"] = True

@@ -1,0 +1,65 @@
+"""On which device these tests run: ``TEKFAC_DEVICE``, by default the CPU.
+
+``cuda`` is what they are for. On the CPU they show that they are right, and on ``twin``, a device
+that is not there (`twin`), that nothing is mixed up and nothing is waited for.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import pytest
+import torch
+
+from harness import Waits
+
+NAME = os.environ.get("TEKFAC_DEVICE", "cpu")
+
+NoWaiting = Callable[[], AbstractContextManager[None]]
+
+
+@pytest.fixture
+def device() -> Iterator[torch.device]:
+    """The device; float32 products are exact there, and the same in every run."""
+    if NAME == "cuda":
+        torch.backends.cudnn.deterministic = True
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    if NAME == "twin":
+        import twin
+
+        with twin.Mode():
+            yield torch.device("twin", 0)
+    else:
+        yield torch.device(NAME, 0) if NAME != "cpu" else torch.device("cpu")
+
+
+@pytest.fixture
+def no_waiting(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> NoWaiting:
+    """A context in which it is an error if the host waits for the device.
+
+    The CPU is taken for an accelerator.
+    """
+    monkeypatch.setattr("tekfac.verdict.waits", lambda device: True)
+
+    @contextmanager
+    def context() -> Iterator[None]:
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                yield
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        elif device.type == "twin":
+            import twin
+
+            twin.waited.clear()
+            yield
+            assert not twin.waited
+        else:
+            with Waits() as waits:
+                yield
+            assert not waits.found
+
+    return context
