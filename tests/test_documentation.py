@@ -11,6 +11,7 @@ import importlib.util
 import inspect
 import re
 import shlex
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -89,12 +90,21 @@ def frameworks() -> dict[str, Any]:
     return given
 
 
+def alone() -> dict[str, str]:
+    """The environment of one process that torchrun has started."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": "0", "WORLD_SIZE": "1"}
+
+
 STUBS: dict[str, Callable[[], dict[str, Any]]] = {
     "README.md": classifier,
     "docs/settings.md": classifier,
     "docs/coming-from.md": classifier,
     "docs/troubleshooting.md": trained,
     "docs/reference/damping.md": classifier,
+    "docs/ranks.md": classifier,
     "docs/recipes/loop.md": classifier,
     "docs/recipes/precision.md": classifier,
     "docs/recipes/checkpoints.md": lambda: {**classifier(), "make_model": BodyAndHead},
@@ -120,6 +130,8 @@ def test_code_on_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.Monk
         pytest.importorskip("sklearn")
         pytest.importorskip("matplotlib").use("agg")
     monkeypatch.chdir(tmp_path)
+    for name, value in alone().items():
+        monkeypatch.setenv(name, value)
     torch.manual_seed(0)
     namespace = {"__name__": "__main__", **STUBS.get(page, dict)()}
     for snippet in found:

@@ -26,6 +26,7 @@ CONTENTS = {
         "recipes/autoencoders",
         "recipes/gans",
         "recipes/outputs",
+        "ranks",
         "recipes/frameworks",
     ],
     "Galleries": [
