@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # The tests' tensors are tiny: threads would only wait for one another.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
-.PHONY: setup demo test test-all lint api build
+.PHONY: setup demo test test-all lint api docs build
 
 setup: $(STAMP)
 
@@ -33,6 +33,11 @@ lint: setup
 # The public interface on file, which a test compares with the package.
 api: setup
 	$(BIN)/python tests/public_api.py > tests/public_api.txt
+
+# The site in build/site, for any browser; open its index.html.
+docs: setup
+	rm -rf build/site
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -qEW --keep-going -c docs/site -d build/doctrees . build/site
 
 # Wheel and sdist in dist/, whole and working where the source is not seen.
 build: setup
