@@ -834,7 +834,7 @@ class NaturalGradient(torch.optim.Optimizer):
         """Raise or warn if layers have gradients but no curvature, and no known trouble."""
         if lost := capture.lost():
             self._events.warn(
-                "lost",
+                "unseen",
                 f"the curvature of layers {_listed(lost)} stays as it was: they get gradients, but "
                 "the last steps that were to measure it have not seen them behind the model's "
                 "output (is the model itself called, and its gradient not put there by hand?)",
