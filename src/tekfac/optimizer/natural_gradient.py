@@ -962,6 +962,7 @@ class NaturalGradient(torch.optim.Optimizer):
                 "work": {name: block.work for name, block in self._blocks.items()},
             },
         }
+        state.rename(packed["tekfac"], state.plain_names(self.model, self._blocks))
         if isinstance(self.fisher, SampledFisher):
             # As text: it is no tensor that anybody should move, cast or shard.
             state_of = bytes(self.fisher.generator.get_state().tolist())
@@ -995,6 +996,8 @@ class NaturalGradient(torch.optim.Optimizer):
         # A copy: torch would share the tensors with the other optimizer.
         packed = state.normal_form(state_dict, self.param_groups, self._blocks)
         own = packed.pop("tekfac")
+        names = state.plain_names(self.model, self._blocks)
+        state.rename(own, {plain: name for name, plain in names.items()})
         state.check_fits(packed, own, self._method, self.param_groups, self._blocks)
         learnt = state.take_blocks(packed)
         super().load_state_dict(packed)
