@@ -89,6 +89,8 @@ class Contender:
         self.network.to(options.device).to(memory_format=layout)
         self.precision = PRECISIONS[options.precision]
         self.optimizer = build(name, self.network, options)
+        compiled = options.compile_networks
+        self.forward = torch.compile(self.network) if compiled else self.network
         self.times: list[list[float]] = []
 
     def step(self) -> float:
@@ -97,7 +99,7 @@ class Contender:
         self.optimizer.zero_grad()
         lower = self.precision != torch.float32
         with torch.autocast(self.x.device.type, self.precision, enabled=lower):
-            loss = F.cross_entropy(self.network(self.x), self.y)
+            loss = F.cross_entropy(self.forward(self.x), self.y)
         loss.backward()
         self.optimizer.step()
         if self.x.is_cuda:
@@ -112,7 +114,8 @@ class Contender:
 def peak_memory(name: str, options: argparse.Namespace) -> float:
     """MiB that training takes at its peak, beyond what the process has with all code loaded."""
     torch.set_num_threads(options.threads)
-    options.compile = False  # the compiler's own memory is not the optimizer's
+    # The compiler's own memory is not the optimizer's.
+    options.compile = options.compile_networks = False
     # Much is imported, or set up, on its first use.
     Contender(name, argparse.Namespace(**{**vars(options), **TINY})).step()
     if options.device != "cpu":
@@ -157,7 +160,8 @@ def race(options: argparse.Namespace) -> None:
     print(
         f"{options.model}, width {options.width or networks.NETWORKS[options.model].width}, batch "
         f"{options.batch}, {options.precision}, intervals {'/'.join(map(str, options.intervals))}, "
-        f"{'channels last, ' if options.channels_last else ''}{options.device}, "
+        f"{'channels last, ' if options.channels_last else ''}"
+        f"{'compiled networks, ' if options.compile_networks else ''}{options.device}, "
         f"{options.threads} threads, torch {torch.__version__}; {count} steps, which are "
         f"{count / interval:g} intervals of the bases\n"
     )
@@ -298,6 +302,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--compile", action="store_true", help="let SOAP compile, for a minute; --warmup covers it"
+    )
+    parser.add_argument(
+        "--compile-networks", action="store_true", help="torch.compile the networks"
     )
     parser.add_argument("--warmup", type=_count, default=12, help="steps before the clock starts")
     parser.add_argument("--blocks", type=_count, help="default: as many as cover a basis interval")

@@ -23,16 +23,17 @@ NoWaiting = Callable[[], AbstractContextManager[None]]
 
 
 class Tokens(nn.Module):
-    """Layers that see several positions of an example, and an embedding."""
+    """Layers that see several positions of an example, an embedding, and a matrix that is none."""
 
     def __init__(self) -> None:
         super().__init__()
         self.words = nn.Embedding(6, 8)
+        self.places = nn.Parameter(0.1 * torch.randn(5, 8))
         self.layers = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh())
         self.head = nn.Linear(8, 6)
 
     def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = self.head(self.layers(self.words(x)))
+        found: Tensor = self.head(self.layers(torch.tanh(self.words(x) + self.places)))
         return found.transpose(1, 2)
 
 

@@ -594,6 +594,10 @@ class NaturalGradient(torch.optim.Optimizer):
             self._initialise()
             return loss
         self._check_alike()
+        capture.flush()
+        for block in self._blocks.values():
+            if block.pending and all(p.grad is None for p in block.layer.parameters):
+                block.discard()  # its gradients were cleared: there is nothing to step along
         wanted = YES
         finite = self._ranks.everywhere(self._finite())
         if finite is not None and self._leaves_open():
@@ -606,10 +610,6 @@ class NaturalGradient(torch.optim.Optimizer):
                 self._discard()
                 return loss
             self._events.go()
-        capture.flush()
-        for block in self._blocks.values():
-            if block.pending and all(p.grad is None for p in block.layer.parameters):
-                block.discard()  # its gradients were cleared: there is nothing to step along
         self._agree(capture)
         self._choose_newcomers()
         troubled = self._update_curvature(wanted)
@@ -640,7 +640,8 @@ class NaturalGradient(torch.optim.Optimizer):
         """
         blocks = self._blocks.values()
         return self._waits() and not any(
-            block.due.basis or (block.listening and block.empty and not block.waiting)
+            (block.due.basis and not block.factors.empty)
+            or (block.pending and block.empty and not block.waiting)
             for block in blocks
         )
 

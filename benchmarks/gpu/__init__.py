@@ -1,0 +1,1 @@
+"""What is to be known of tekfac on a GPU, by one command."""
