@@ -367,6 +367,7 @@ class NaturalGradient(torch.optim.Optimizer):
                 f"{name}={len(value) if name == 'params' else value}"
                 for group in self.param_groups
                 for name, value in group.items()
+                if name not in ("base_lr", "initial_lr")  # what "lr" was at first
             ),
             "the steps that they took": str(self._position),
         }
