@@ -369,3 +369,27 @@ def test_low_precision(method: str) -> None:
         for name, value in found.items():
             change, wanted = value - start[name], expected[name] - start[name]
             assert (change - wanted).norm() < 0.05 * wanted.norm()
+
+
+# -- what only one rank does -----------------------------------------------------------------------
+
+
+def evaluating(data: Sequence[Batch]) -> dict[str, Tensor]:
+    """Rank 0 evaluates in every step, in which compilers stop standing aside for measurements."""
+    model = network_of("mlp")
+    compiled = torch.compile(DistributedDataParallel(model), backend="aot_eager")
+    optimizer = tekfac.TEKFAC(compiled, **options_of("TEKFAC"))
+    for x, y in shards(data, [6, 6])[dist.get_rank()]:
+        optimizer.zero_grad()
+        if dist.get_rank() == 0:
+            with torch.no_grad():
+                compiled(x)
+        cross_entropy(compiled(x), y).backward()
+        optimizer.step()
+    return parameters(model)
+
+
+def test_an_evaluation_on_one_rank() -> None:
+    """What it misses of a measurement, the other's part stands for; both go on alike."""
+    one, other = together(2, evaluating, data_of("mlp", 12))
+    assert all(torch.equal(one[name], other[name]) for name in one)

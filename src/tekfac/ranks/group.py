@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 WIRES = (torch.bfloat16, torch.float32, torch.float64)
 
 
-def ranks_of(
+def ranks_for(
     model: nn.Module, given: dist.ProcessGroup | DeviceMesh | None, wire: torch.dtype | None
 ) -> Ranks:
     """The ranks that train a model.
