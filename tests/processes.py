@@ -26,6 +26,10 @@ class Failed(AssertionError):
     """A rank raised."""
 
 
+class Died(Failed):
+    """A rank's process is no more."""
+
+
 class Crew:
     """Processes that wait for work; importing torch takes longer than most of it."""
 
@@ -52,7 +56,10 @@ class Crew:
             for rank, pipe in enumerate(self.pipes):
                 if not pipe.poll(max(0.0, end - time.monotonic())):
                     raise TimeoutError(f"rank {rank} took more than {seconds} seconds")
-                results.append(pipe.recv())
+                try:
+                    results.append(pipe.recv())
+                except EOFError:
+                    results.append(Died("it died"))
             return results
 
     def end(self) -> None:
@@ -86,10 +93,14 @@ def outcomes(count: int, work: Work, *args: Any, seconds: float = SECONDS) -> li
     crew = _crews.pop(count, None) or Crew(count)
     try:
         results = crew.run(work, args, seconds)
-    except (TimeoutError, EOFError, ConnectionError):
+    except (TimeoutError, ConnectionError):
         crew.end()
         raise
-    _crews[count] = crew
+    failed = sum(isinstance(result, Failed) for result in results)
+    if 0 < failed < count or any(isinstance(result, Died) for result in results):
+        crew.end()  # somebody may be in the middle of something
+    else:
+        _crews[count] = crew
     return results
 
 

@@ -43,7 +43,7 @@ from tekfac.capture.hook import Hook, drop_inert
 from tekfac.capture.likelihoods import Likelihood
 from tekfac.capture.outputs import find_outputs, tensors_of
 from tekfac.layers import Assignment, ConvLayer, Layer, LinearLayer, Sample
-from tekfac.ranks.group import inside_parallel
+from tekfac.ranks.group import is_parallel, parallel_parts
 
 # Steps that were to measure a layer and did not see it, before that is said.
 PATIENCE = 3
@@ -173,6 +173,7 @@ class Capture:
         # Outputs that output= made, of the last forward pass, whose graph they hold.
         self._made: dict[int, Tensor] = {}
         self._unfused = ExitStack()
+        self._parallel_parts = parallel_parts(model)
         self._recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
         for module in model.modules():
             drop_inert(module)
@@ -304,10 +305,10 @@ class Capture:
         if not torch.is_grad_enabled() and not self._late:
             # Training pauses, or is over: compilers need not stand aside for what is evaluated.
             self.missed |= stand_down(self)
+        self.parallel |= is_parallel(self._parallel_parts)
         if not self._looks():
             return
         self.missed = False
-        self.parallel |= inside_parallel()
         self._tell_of_hooks()
         for name, candidate in self.candidates.items():
             if name in self.blocks:

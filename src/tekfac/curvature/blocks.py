@@ -19,8 +19,8 @@ from tekfac.curvature import costs
 from tekfac.curvature.basis import Basis
 from tekfac.curvature.damping import FactoredDamping, Measured, damping_of
 from tekfac.curvature.factors import Factors
+from tekfac.curvature.kept import ranks_of
 from tekfac.curvature.linalg import completed
-from tekfac.curvature.ranks import ranks_of
 from tekfac.curvature.sampling import factor_reading, scale_reading
 from tekfac.curvature.statistics import (
     averaged,
@@ -75,7 +75,7 @@ class Block(ABC):
         layer: the layer.
         group: the optimizer's parameter group of the layer's weight; its ``damping`` and ``power``
             are used.
-        rank: eigenvectors that wide factors keep (`curvature.ranks`); None for all.
+        rank: eigenvectors that wide factors keep (`curvature.kept`); None for all.
         storage: what factors, eigenvectors and rescaling are kept in between steps; None for what
             they are computed in.
     """

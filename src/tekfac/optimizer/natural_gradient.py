@@ -50,7 +50,7 @@ from tekfac.optimizer.update import (
     within_kl,
     within_rms,
 )
-from tekfac.ranks.group import check_alike, digest, facts_of, ranks_of
+from tekfac.ranks.group import check_alike, digest, facts_of, ranks_for
 from tekfac.ranks.placement import check_placement, divided, holders, unit_size
 from tekfac.ranks.ranks import Ranks
 from tekfac.verdict import YES, Verdict
@@ -281,7 +281,7 @@ class NaturalGradient(torch.optim.Optimizer):
 
         self.model = model
         self.placement = placement
-        self._ranks = ranks_of(model, process_group, communication)
+        self._ranks = ranks_for(model, process_group, communication)
         self._unit = Ranks()
         self._homes: dict[str, int] = {}
         self._alike = False
@@ -367,6 +367,7 @@ class NaturalGradient(torch.optim.Optimizer):
                 f"{name}={len(value) if name == 'params' else value}"
                 for group in self.param_groups
                 for name, value in group.items()
+                if name not in ("base_lr", "initial_lr")  # what "lr" was at first
             ),
             "the steps that they took": str(self._position),
         }
@@ -679,7 +680,7 @@ class NaturalGradient(torch.optim.Optimizer):
 
     def _set_due(self) -> None:
         usual = self._due(self._position)
-        if self._capture is not None and self._capture.missed:
+        if self._capture is not None and self._ranks.repeats(self._capture.missed):
             # What the last step was to measure, it has not seen.
             missed = [block.due for block in self._blocks.values() if not block.factors.empty]
             usual = replace(
@@ -700,7 +701,7 @@ class NaturalGradient(torch.optim.Optimizer):
             else:
                 # A first basis has its rescaling with the next measurement: one for it alone would
                 # cost a backward pass in every turn.
-                scale = usual.scale and (basis or divided or block.basis is not None)
+                scale = usual.scale and (basis or block.basis is not None)
                 block.due = replace(usual, scale=scale, basis=basis, late=basis or divided)
         if isinstance(self.fisher, SampledFisher):
             self._ranks.reseed(self.fisher.generator, self._seed, self._position)
@@ -728,7 +729,9 @@ class NaturalGradient(torch.optim.Optimizer):
         On all other steps nothing that ranks do together depends on what one of them has seen.
         """
         blocks = self._blocks.values()
-        if not any(block.due.basis or (block.listening and block.empty) for block in blocks):
+        if not any(
+            block.due.basis or (block.listening and block.factors.empty) for block in blocks
+        ):
             return
         mark = digest(self._facts())
         own = [block.tell() for block in blocks]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 WIRES = (torch.bfloat16, torch.float32, torch.float64)
 
 
-def ranks_of(
+def ranks_for(
     model: nn.Module, given: dist.ProcessGroup | DeviceMesh | None, wire: torch.dtype | None
 ) -> Ranks:
     """The ranks that train a model.
@@ -46,7 +46,7 @@ def ranks_of(
         if given is not None:
             raise ValueError("process_group was given, but torch.distributed is not initialised")
         return Ranks()
-    parallel = [part for part in model.modules() if isinstance(part, DistributedDataParallel)]
+    parallel = parallel_parts(model)
     if given is None:
         groups = {id(part.process_group): part.process_group for part in parallel}
         if len(groups) > 1:
@@ -95,9 +95,26 @@ def _check_whole(model: nn.Module) -> None:
             )
 
 
-def inside_parallel() -> bool:
-    """Whether a `DistributedDataParallel` is running its forward pass, as far as torch tells."""
-    return getattr(DistributedDataParallel, "_active_ddp_module", None) is not None
+def parallel_parts(model: nn.Module) -> list[DistributedDataParallel]:
+    """What of a model is trained by several ranks, as far as it can be seen."""
+    return [part for part in model.modules() if isinstance(part, DistributedDataParallel)]
+
+
+def is_parallel(parts: Sequence[DistributedDataParallel]) -> bool:
+    """Whether a forward pass is one of several ranks, that of these parts or around the model.
+
+    Raises:
+        NotImplementedError: if ranks may have different numbers of batches there.
+    """
+    around = getattr(DistributedDataParallel, "_active_ddp_module", None)
+    there = [*parts, *([] if around is None else [around])]
+    if any(part._join_config.enable for part in there):
+        raise NotImplementedError(
+            "ranks that run out of batches before the others do (join) are not supported: those "
+            "that go on would wait for their statistics. Give all ranks as many batches, some of "
+            "them without terms if need be"
+        )
+    return bool(there)
 
 
 def digest(facts: Mapping[str, str]) -> int:

@@ -62,6 +62,13 @@ class Ranks:
         """Whether a flag about gradients is set on all ranks; None counts as set."""
         return flag
 
+    def repeats(self, missed: bool) -> bool:
+        """Whether to measure once more what this rank missed to measure.
+
+        Not where others were there: what one of them missed was a part of it.
+        """
+        return missed
+
     def texts(self, text: str) -> list[str]:
         """What each rank says, by number."""
         return [text]
@@ -148,6 +155,9 @@ class Group(Ranks):
         said = own.to(self.device, torch.int32)
         dist.all_reduce(said, dist.ReduceOp.MIN, self.group)
         return said.bool()
+
+    def repeats(self, missed: bool) -> bool:
+        return False
 
     def texts(self, text: str) -> list[str]:
         own = torch.tensor(list(text.encode()), dtype=torch.uint8, device=self.device)

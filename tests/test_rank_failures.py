@@ -1,0 +1,229 @@
+"""What goes wrong on one rank: the same comes of it on all, or an error, and never a hang."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+import tekfac
+from processes import Failed, outcomes, together
+from ranked import cross_entropy, data_of, network_of, options_of, parameters, shards, train
+
+SECONDS = 40.0
+
+
+def built(change: dict[str, Any], **options: Any) -> tekfac.NaturalGradient:
+    """An optimizer; rank 1's with other options."""
+    model = network_of("mlp")
+    own = change if dist.get_rank() == 1 else {}
+    return tekfac.TEKFAC(DistributedDataParallel(model), **options_of("TEKFAC", **options, **own))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"basis_every": 7}, "ranks differ in their settings"),
+        ({"lr": 0.1}, "rank 0 has lr=0.05, rank 1 has lr=0.1"),
+        ({"exclude": ["0"]}, "ranks differ in their layers"),
+        ({"fisher": "empirical"}, "fisher=ExactFisher, rank 1 has fisher=NoneType"),
+        ({"rank": 3}, "rank 0 has rank=32, rank 1 has rank=3"),
+    ],
+)
+def test_other_settings(change: dict[str, Any], words: str) -> None:
+    for result in outcomes(2, built, change, seconds=SECONDS):
+        assert isinstance(result, Failed)
+        assert words in str(result)
+
+
+def another_model() -> None:
+    width = 4 + dist.get_rank()
+    tekfac.KFAC(nn.Sequential(nn.Linear(5, width), nn.Linear(width, 3)))
+
+
+def test_other_models() -> None:
+    for result in outcomes(2, another_model, seconds=SECONDS):
+        assert "ValueError: ranks differ in their parameters" in str(result)
+        assert "rank 0 has 0.weight: (4, 5)" in str(result)
+        assert "rank 1 has 0.weight: (5, 5)" in str(result)
+
+
+def with_trouble(trouble: str, parallel: bool) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Training in which something happens to rank 1's third batch, or to its gradient."""
+    model = network_of("mlp")
+    called: nn.Module = DistributedDataParallel(model) if parallel else model
+    optimizer = tekfac.TEKFAC(called, **options_of("TEKFAC", factor_every=1))
+    for number, (x, y) in enumerate(shards(data_of("mlp", 12), [6, 6])[dist.get_rank()]):
+        hit = number == 2 and dist.get_rank() == 1
+        if hit and trouble == "input":
+            x = x.clone()
+            x[0, 0] = float("nan")
+        if hit and trouble == "empty":
+            x, y = x[:0], y[:0]
+        optimizer.zero_grad()
+        loss = cross_entropy(called(x), y)
+        (loss * float("inf") if hit and trouble == "loss" else loss).backward()
+        if not parallel:
+            for p in model.parameters():
+                assert p.grad is not None
+                dist.all_reduce(p.grad)
+                p.grad /= dist.get_world_size()
+            if hit and trouble == "gradient":
+                model[0].weight.grad.fill_(float("nan"))  # type: ignore[union-attr, operator]
+        optimizer.step()
+    return parameters(model), optimizer.counters
+
+
+@pytest.mark.filterwarnings("ignore:the gradient of")
+@pytest.mark.parametrize("parallel", [True, False])
+@pytest.mark.parametrize("trouble", ["input", "loss", "gradient", "empty"])
+def test_trouble_on_one_rank(trouble: str, parallel: bool) -> None:
+    results = together(2, with_trouble, trouble, parallel, seconds=SECONDS)
+    (found, counters), (other, others) = results
+    assert counters == others
+    skips = trouble != "empty" and not (trouble == "gradient" and parallel)
+    assert counters["skipped_steps"] == skips
+    for name, value in found.items():
+        assert value.isfinite().all()
+        assert torch.equal(value, other[name])
+
+
+def dying(when: int) -> None:
+    model = network_of("mlp")
+    called = DistributedDataParallel(model)
+    optimizer = tekfac.TEKFAC(called, **options_of("TEKFAC", factor_every=1))
+    for number, (x, y) in enumerate(data_of("mlp", 6)):
+        cross_entropy(called(x), y).backward()
+        if number == when and dist.get_rank() == 1:
+            os._exit(1)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("when", [0, 1, 3])
+def test_a_rank_that_dies(when: int) -> None:
+    """The others learn it from the backend, at once: they do not wait for it."""
+    start = time.monotonic()
+    survivor, dead = outcomes(2, dying, when, seconds=SECONDS)
+    assert time.monotonic() - start < SECONDS / 2 + 15
+    assert "it died" in str(dead)
+    assert isinstance(survivor, Failed)
+    assert "RuntimeError" in str(survivor) or "DistBackendError" in str(survivor)
+
+
+def other_schedulers() -> None:
+    model = network_of("mlp")
+    called = DistributedDataParallel(model)
+    optimizer = tekfac.TEKFAC(called, **options_of("TEKFAC", basis_every=2))
+    for number, (x, y) in enumerate(data_of("mlp", 6)):
+        if number == 3 and dist.get_rank() == 1:
+            optimizer.param_groups[0]["lr"] *= 0.1
+        train(model, called, optimizer, [[(x, y)]])
+
+
+def test_learning_rates_that_come_apart() -> None:
+    for result in outcomes(2, other_schedulers, seconds=SECONDS):
+        assert "ranks differ in their parameter groups" in str(result)
+        assert "rank 0 has lr=0.05, rank 1 has lr=0.005" in str(result)
+
+
+def other_states() -> None:
+    """Rank 1 goes on from a state that is a step older."""
+    model = network_of("mlp")
+    called = DistributedDataParallel(model)
+    optimizer = tekfac.TEKFAC(called, **options_of("TEKFAC"))
+    data = [[part] for part in data_of("mlp", 6)]
+    train(model, called, optimizer, data[:3])
+    older = optimizer.state_dict()
+    train(model, called, optimizer, data[3:4])
+    optimizer.load_state_dict(older if dist.get_rank() == 1 else optimizer.state_dict())
+    train(model, called, optimizer, data[4:])
+
+
+def test_states_of_different_steps() -> None:
+    for result in outcomes(2, other_states, seconds=SECONDS):
+        assert "ranks differ in the steps that they took" in str(result)
+        assert "rank 0 has 4, rank 1 has 3" in str(result)
+
+
+def turned_on_one() -> None:
+    """A square matrix that one rank multiplies with from the other side."""
+
+    class Turned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.eye(5, dtype=torch.float64))
+            self.out = nn.Linear(5, 3).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            w = self.w if dist.get_rank() else self.w.T
+            return self.out((x @ w).tanh())  # type: ignore[no-any-return]
+
+    model = Turned()
+    called = DistributedDataParallel(model)
+    optimizer = tekfac.TEKFAC(called, **options_of("TEKFAC"))
+    train(model, called, optimizer, [[part] for part in data_of("mlp", 6)])
+
+
+def test_layers_used_differently() -> None:
+    for result in outcomes(2, turned_on_one, seconds=SECONDS):
+        assert "ranks use layer 'w' differently" in str(result)
+
+
+def joined() -> None:
+    model = network_of("mlp")
+    called = DistributedDataParallel(model)
+    optimizer = tekfac.TEKFAC(called, **options_of("TEKFAC"))
+    with called.join():
+        train(model, called, optimizer, [[part] for part in data_of("mlp", 6)])
+
+
+def test_join() -> None:
+    for result in outcomes(2, joined, seconds=SECONDS):
+        assert "NotImplementedError: ranks that run out of batches" in str(result)
+
+
+def divided_parameters(way: str) -> None:
+    mesh = dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),))
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    if way == "fully_shard":
+        dist.fsdp.fully_shard(model, mesh=mesh)
+    else:
+        model[0].weight = nn.Parameter(distribute_tensor(model[0].weight.detach(), mesh))
+    tekfac.TEKFAC(model)
+
+
+@pytest.mark.parametrize("way", ["fully_shard", "distribute_tensor"])
+def test_parameters_that_are_divided(way: str) -> None:
+    for result in outcomes(2, divided_parameters, way, seconds=SECONDS):
+        assert "NotImplementedError: parameter '0.weight' is a DTensor" in str(result)
+
+
+def wrong_groups() -> list[str]:
+    model = network_of("mlp")
+    told = []
+    mesh = dist.device_mesh.init_device_mesh("cpu", (1, dist.get_world_size()))
+    for option in ({"process_group": mesh}, {"process_group": "gloo"}, {"placement": 0}):
+        try:
+            tekfac.TEKFAC(model, **option)
+        except (TypeError, ValueError) as error:
+            told.append(str(error))
+    return told
+
+
+def test_wrong_groups() -> None:
+    for told in together(2, wrong_groups, seconds=SECONDS):
+        assert "process_group takes a mesh of one dimension, got one of 2" in told[0]
+        assert "process_group takes a torch.distributed process group" in told[1]
+        assert "placement must be" in told[2]
+    with pytest.raises(ValueError, match=r"torch\.distributed is not initialised"):
+        tekfac.TEKFAC(network_of("mlp"), process_group=object())
+    with pytest.raises(ValueError, match=r"communication must be one of torch\.bfloat16"):
+        tekfac.TEKFAC(network_of("mlp"), communication=torch.float16)
