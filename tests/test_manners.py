@@ -16,7 +16,6 @@ from torch.optim import lr_scheduler
 
 import tekfac
 from harness import METHODS, RESCALED
-from tekfac.capture import compiled
 
 X = torch.randn(12, 5, generator=torch.Generator().manual_seed(0))
 Y = torch.randint(3, (12,), generator=torch.Generator().manual_seed(0))
@@ -673,9 +672,6 @@ def test_compiled_model(backend: str, fisher: str) -> None:
 
 def test_whole_graphs_with_evaluation_in_between() -> None:
     """``fullgraph=True`` compiles, and every step that is due to measure does."""
-    # Compilers may still stand aside for an optimizer of another test, which somebody holds.
-    compiled._holders.clear()
-    compiled._update()
     torch._dynamo.reset()
     compilations: list[Any] = []
 
