@@ -102,7 +102,7 @@ def test_a_state_with_wrappers_names() -> None:
         entry["schedule"][key] = {f"_orig_mod.{name}": value for name, value in each.items()}
     second = tekfac.TEKFAC(torch.compile(Network(), backend="eager"))
     second.load_state_dict(packed)
-    assert second.blocks["_orig_mod.head"].trace == optimizer.blocks["_orig_mod.head"].trace
+    assert second.blocks["head"].trace == optimizer.blocks["head"].trace
 
 
 @pytest.mark.parametrize("when", ["before", "in between", "closed"])

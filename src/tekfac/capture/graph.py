@@ -40,7 +40,8 @@ PARALLEL_SINK = "_DDPSinkBackward"
 
 REENTRANT = (
     "curvature can't be measured through reentrant activation checkpointing: call "
-    "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+    "torch.utils.checkpoint.checkpoint(..., use_reentrant=False), or in Hugging Face's models "
+    'gradient_checkpointing_kwargs={"use_reentrant": False}'
 )
 
 

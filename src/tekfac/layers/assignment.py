@@ -9,6 +9,7 @@ from functools import partial
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrize import ParametrizationList
+from torch.optim.swa_utils import AveragedModel
 
 from tekfac.layers.convolution import ConvLayer, Geometry
 from tekfac.layers.layer import Layer
@@ -147,7 +148,7 @@ def plain_name(model: nn.Module, name: str) -> str:
 
 def _wraps(module: nn.Module) -> str | None:
     """Under which name a module has what it only wraps."""
-    if isinstance(module, DistributedDataParallel):
+    if isinstance(module, (DistributedDataParallel, nn.DataParallel, AveragedModel)):
         return "module"
     return "_orig_mod" if type(module).__name__ == "OptimizedModule" else None
 

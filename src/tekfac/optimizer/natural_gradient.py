@@ -28,6 +28,7 @@ from tekfac.checks import check_count, check_decay, check_positive
 from tekfac.curvature.blocks import STORED, Block, Due
 from tekfac.curvature.damping import Damping, MeanDamping
 from tekfac.layers import Layer, assign
+from tekfac.layers.assignment import plain_name
 from tekfac.optimizer import state
 from tekfac.optimizer.events import Events
 from tekfac.optimizer.first_order import Adam, adam_state, adam_step
@@ -966,7 +967,6 @@ class NaturalGradient(torch.optim.Optimizer):
                 "work": {name: block.work for name, block in self._blocks.items()},
             },
         }
-        state.rename(packed["tekfac"], state.plain_names(self.model, self._blocks))
         if isinstance(self.fisher, SampledFisher):
             # As text: it is no tensor that anybody should move, cast or shard.
             state_of = bytes(self.fisher.generator.get_state().tolist())
@@ -1000,8 +1000,9 @@ class NaturalGradient(torch.optim.Optimizer):
         # A copy: torch would share the tensors with the other optimizer.
         packed = state.normal_form(state_dict, self.param_groups, self._blocks)
         own = packed.pop("tekfac")
-        names = state.plain_names(self.model, self._blocks)
-        state.rename(own, {plain: name for name, plain in names.items()})
+        # Older states have the names of what wraps the model in those of its layers.
+        strange = own["blocks"].keys() - self._blocks.keys()
+        state.rename(own, {name: plain_name(self.model, name) for name in strange})
         state.check_fits(packed, own, self._method, self.param_groups, self._blocks)
         learnt = state.take_blocks(packed)
         super().load_state_dict(packed)

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
+from torch import Tensor
 
 from tekfac.curvature.blocks import Block
 from tekfac.curvature.damping import packed_damping, unpacked_damping
 
 PREFIX = "block."
-
-# What wrappers call that which they wrap.
-WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
-WRAPPED = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 Groups = list[dict[str, Any]]
 Blocks = Mapping[str, Block]
@@ -38,24 +33,6 @@ def layout_of(groups: Groups, blocks: Blocks) -> dict[str, dict[str, Any]]:
         }
         for name, block in blocks.items()
     }
-
-
-def plain_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
-    """For names in a model those that the same would have without what wraps it, or parts of it.
-
-    So that a state from a compiled or distributed model is one of the model.
-    """
-    plain = {}
-    for name in names:
-        kept: list[str] = []
-        module: Any = model
-        for part in name.split("."):
-            wrapped = part in WRAPPED or (part == "module" and isinstance(module, WRAPPERS))
-            if not wrapped:
-                kept.append(part)
-            module = getattr(module, part)
-        plain[name] = ".".join(kept)
-    return plain
 
 
 def rename(own: dict[str, Any], names: Mapping[str, str]) -> None:
