@@ -108,7 +108,7 @@ class Contender:
 
     def steps(self, steps: int) -> list[float]:
         """Some training steps; the seconds of each."""
-        if isinstance(self.optimizer, tekfac.optimizer.natural_gradient.NaturalGradient):
+        if isinstance(self.optimizer, tuple(NATURAL.values())):
             return [self.step() for _ in range(steps)]
         # Compilers stand aside in the whole process before a step that measures.
         with torch.compiler.set_stance("default"):

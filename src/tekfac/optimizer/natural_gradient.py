@@ -640,12 +640,17 @@ class NaturalGradient(torch.optim.Optimizer):
 
         The host does not wait for it then. It has to know where a basis is made.
         """
-        blocks = self._blocks.values()
-        return self._waits() and not any(
-            (block.due.basis and not block.factors.empty)
-            or (block.pending and block.empty and not block.waiting)
-            for block in blocks
-        )
+        if not self._waits():
+            return False
+        alone = self._ranks.count == 1
+        for block in self._blocks.values():
+            if block.due.basis and not block.factors.empty:
+                return False
+            # What one rank has seen, another may not have: they decide by what is due.
+            first = block.pending if alone else block.listening
+            if first and block.empty and not block.waiting:
+                return False
+        return True
 
     def _waits(self) -> bool:
         """Whether reading from the device makes the host wait for work given to it before."""
