@@ -11,14 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
+NAME = "ddp"
+SCRIPT = Path(__file__).parents[1] / "examples" / f"{NAME}.py"
 SECONDS = 120
 
 
 def run(ranks: int, *options: object) -> dict[int, float]:
     """The losses that it prints, by step."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(ranks), str(ROOT / "examples" / "ddp.py")]
+    command += ["--nproc-per-node", str(ranks), str(SCRIPT)]
     done = subprocess.run(
         [*command, *map(str, options)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
