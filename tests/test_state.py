@@ -7,6 +7,7 @@ import gc
 import io
 import pickle
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -593,6 +594,18 @@ def test_hooks_go_with_the_optimizer(fisher: str, scheduled: bool) -> None:
     finally:
         gc.enable()
     assert loss.grad_fn is not None
+
+
+def test_an_error_in_evaluation_keeps_nothing_alive() -> None:
+    def go() -> weakref.ref[Any]:
+        model = nn.Sequential(nn.Linear(4, 1))  # one logit is none of a categorical likelihood
+        optimizer = build("TEKFAC", model)
+        model.eval()(torch.randn(2, 4))
+        return weakref.ref(optimizer)
+
+    optimizer = go()
+    gc.collect()
+    assert optimizer() is None
 
 
 def test_a_closed_optimizer_does_not_step() -> None:

@@ -269,7 +269,9 @@ class Capture:
         except ValueError as error:
             if module.training:
                 raise
-            self.problem = error  # evaluation may do as it likes; a step will say it
+            # Evaluation may do as it likes; a step will say it. The way there would keep alive what
+            # the callers know, the optimizer among it.
+            self.problem = error.with_traceback(None)
 
     def _before_part(self, module: nn.Module, args: Any) -> None:
         # What activation checkpointing runs again in the backward pass is no call of the user's.
