@@ -68,9 +68,15 @@ class Likelihood(ABC):
 
     def _check_floating(self, output: Tensor, dims: int, words: str) -> None:
         if not output.is_floating_point() or output.dim() < dims:
+            loss = ""
+            if output.dim() == 0:
+                loss = (
+                    " (the loss itself? Then make the optimizer of the module in the model that "
+                    "returns what the loss is made of)"
+                )
             raise ValueError(
                 f"the {type(self).__name__.lower()} likelihood needs {words}, got an output of "
-                f"shape {tuple(output.shape)} and dtype {output.dtype}; give likelihood=, or "
+                f"shape {tuple(output.shape)} and dtype {output.dtype}{loss}; give likelihood=, or "
                 "output= to pick the right tensor"
             )
 
