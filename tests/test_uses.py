@@ -141,6 +141,26 @@ def test_a_matrix_in_anybodys_code(
     )
 
 
+def test_a_weight_with_noise_is_said_and_a_table_is_not() -> None:
+    """A matrix that is added to a layer's input is nobody's weight: nothing is amiss."""
+    torch.manual_seed(0)
+    x, y = torch.randn(6, 5).double(), torch.randint(3, (6,))
+    noisy = Bare(lambda x, w: F.linear(x, w + 0.1), 4, 5).double()
+    optimizer = tekfac.EKFAC(noisy, scale_every=1, **EXACT)
+    F.cross_entropy(noisy(x), y).backward()
+    with pytest.warns(RuntimeWarning, match="'matrix'.* AddBackward0 before MmBackward0"):
+        optimizer.step()
+
+    table = Bare(torch.add, 6, 4).double()
+    table.forward = lambda x: table.head(table.use(x[:, :4], table.matrix))
+    optimizer = tekfac.EKFAC(table, scale_every=1, **EXACT)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        F.cross_entropy(table(x), y).backward()
+        optimizer.step()
+    assert "AddBackward0" in optimizer.treatment()["matrix"]
+
+
 class Tied(nn.Module):
     """A decoder with the encoder's weight, from the other side."""
 

@@ -213,12 +213,15 @@ def search(root: Node, owner: Mapping[nn.Parameter, str], layers: Mapping[str, L
         elif kind.startswith("CompiledFunction"):
             found.compiled = True
         edges = node.next_functions
+        consumer = consumers.get(node, "") if kind in FORMS else kind
         for use, bias in _uses(node, owner, layers):
             use.lead = leads.get(node, use.lead)
             found.uses.append(use)
             products[node] = use.name
             if use.reading.view is not None:
                 explain(use.reading.view, node)
+                # What else comes here is this layer's input, no weight of another layer's.
+                consumer = ""
             if bias is not None:
                 explain(bias, node)
                 found.biases.add(use.name)
@@ -230,7 +233,6 @@ def search(root: Node, owner: Mapping[nn.Parameter, str], layers: Mapping[str, L
                         other = other.next_functions[0][0]
                     added.append((node, view, other))
         shape = tuple(node._input_metadata[0].shape) if kind in VIEWS else ()
-        consumer = consumers.get(node, "") if kind in FORMS else kind
         for child, _ in edges:
             if child is None:
                 continue
