@@ -80,6 +80,8 @@ def main() -> None:
         if rank == 0:
             saved = {"model": model.state_dict(), "optimizer": state, "step": options.steps}
             torch.save(saved, options.checkpoint)
+    # One that leaves first may end the others' threads under their hands.
+    dist.barrier()
     dist.destroy_process_group()
 
 

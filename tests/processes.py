@@ -127,6 +127,7 @@ def _serve(pipe: Connection, rank: int, count: int) -> None:
         )
         try:
             result = work(*args)
+            dist.barrier()  # one that leaves first may end the others' threads under their hands
         except Exception as error:
             result = Failed(f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
         dist.destroy_process_group()
