@@ -1,8 +1,9 @@
-"""Argument checks with the value in the message."""
+"""Argument checks with the value in the message, and what else messages are made of."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 
 def check_not_negative(name: str, value: float) -> None:
@@ -33,3 +34,8 @@ def check_count(name: str, value: int) -> None:
     """Raise ValueError unless ``value`` is a whole number of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+
+
+def first_few(words: Sequence[str]) -> str:
+    """Three of a list that may be long, for a message."""
+    return ", ".join(words[:3]) + " and others" * (len(words) > 3)

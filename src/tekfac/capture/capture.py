@@ -42,6 +42,7 @@ from tekfac.capture.graph import (
 from tekfac.capture.hook import Hook, drop_inert
 from tekfac.capture.likelihoods import Likelihood
 from tekfac.capture.outputs import find_outputs, tensors_of
+from tekfac.checks import first_few
 from tekfac.layers import Assignment, ConvLayer, Layer, LinearLayer, Sample
 from tekfac.ranks.group import is_parallel, parallel_parts
 
@@ -336,7 +337,7 @@ class Capture:
         ]
         if hooked:
             warnings.warn(
-                f"backward hooks on {', '.join(hooked[:3])}{' and others' * (len(hooked) > 3)} run "
+                f"backward hooks on {first_few(hooked)} run "
                 "once more on steps that measure curvature, in a pass with the model's own labels; "
                 "tekfac.measuring() is true in them then",
                 RuntimeWarning,

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from tekfac.capture.graph import Use
+from tekfac.numerics import wide
 
 # Pseudo-random directions onto which rows' gradients are projected to be compared.
 PROJECTIONS = 4
@@ -127,16 +128,16 @@ def weights_of(examples: int, like: Tensor) -> Tensor:
     """A weight for each example, between 1 and 2, all different and in no order."""
     numbers = torch.arange(1, examples + 1, dtype=torch.float64)
     spread = (numbers * 0.6180339887498949) % 1
-    return (1 + spread).to(like.device, torch.promote_types(like.dtype, torch.float32))
+    return (1 + spread).to(like.device, wide(like.dtype))
 
 
 def projected(gradient: Tensor) -> Tensor:
     """Rows ``(R, ...)`` as ``(R, PROJECTIONS)``: what is compared of them."""
     flat = gradient.flatten(1)
-    wide = flat.to(torch.promote_types(flat.dtype, torch.float32))
-    generator = torch.Generator().manual_seed(wide.shape[1])
-    directions = torch.randn(wide.shape[1], PROJECTIONS, generator=generator)
-    return wide @ directions.to(wide)
+    rows = flat.to(wide(flat.dtype))
+    generator = torch.Generator().manual_seed(rows.shape[1])
+    directions = torch.randn(rows.shape[1], PROJECTIONS, generator=generator)
+    return rows @ directions.to(rows)
 
 
 def order_of(plain: Tensor, weighted: Tensor, weights: Tensor) -> Order:

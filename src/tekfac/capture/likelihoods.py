@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from tekfac import verdict
 from tekfac.checks import check_positive
+from tekfac.numerics import wide
 
 
 class Likelihood(ABC):
@@ -82,7 +83,7 @@ class Likelihood(ABC):
 
 
 def _wide(output: Tensor) -> Tensor:
-    return output.to(torch.promote_types(output.dtype, torch.float32))
+    return output.to(wide(output.dtype))
 
 
 def _uniform(like: Tensor, generator: torch.Generator) -> Tensor:
@@ -306,11 +307,11 @@ class Gaussian(Likelihood):
         self._check_floating(output, 1, "means of shape (N, ...)")
 
     def sample(self, output: Tensor, generator: torch.Generator) -> Tensor:
-        wide = _wide(output)
+        mean = _wide(output)
         noise = torch.randn(
-            wide.shape, generator=generator, device=generator.device, dtype=wide.dtype
+            mean.shape, generator=generator, device=generator.device, dtype=mean.dtype
         )
-        return noise.to(wide.device, non_blocking=True) / math.sqrt(self.variance)
+        return noise.to(mean.device, non_blocking=True) / math.sqrt(self.variance)
 
     def expectation(self, output: Tensor) -> Iterator[Tensor]:
         yield from _one_at_a_time(torch.ones_like(_wide(output)) / math.sqrt(self.variance))

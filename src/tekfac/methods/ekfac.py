@@ -11,7 +11,7 @@ from tekfac.checks import check_count, check_decay
 from tekfac.curvature.blocks import Block, CorrectedBlock, Due
 from tekfac.curvature.damping import Damping, MeanDamping
 from tekfac.curvature.factors import KroneckerFactors
-from tekfac.optimizer.intervals import STATISTICS, amount_at
+from tekfac.optimizer.intervals import amount_at
 from tekfac.optimizer.natural_gradient import Common, NaturalGradient
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class EKFAC(NaturalGradient):
         super().__init__(model, lr, momentum, damping=damping, **common)
 
     def _due(self, step: int) -> Due:
-        scale = self._is_due(step, self.scale_every, STATISTICS)
+        scale = self._is_due(step, self.scale_every)
         examples = self._ranks.share(amount_at(self.scale_every, self.scale_examples))
         return replace(super()._due(step), scale=scale, scale_examples=examples)
 

@@ -24,7 +24,7 @@ from tekfac.capture.fisher import SampledFisher, make_fisher
 from tekfac.capture.graph import REENTRANT, multiplies
 from tekfac.capture.likelihoods import Likelihood, make_likelihoods
 from tekfac.capture.outputs import chosen_outputs, find_outputs
-from tekfac.checks import check_count, check_decay, check_positive
+from tekfac.checks import check_count, check_decay, check_positive, first_few
 from tekfac.curvature.blocks import STORED, Block, Due
 from tekfac.curvature.damping import Damping, MeanDamping
 from tekfac.layers import Layer, assign
@@ -59,6 +59,8 @@ from tekfac.verdict import YES, Verdict
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
+
+SUPPORTED = "matrices that rows are multiplied by, convolutions"
 
 
 class Common(TypedDict, total=False):
@@ -304,7 +306,7 @@ class NaturalGradient(torch.optim.Optimizer):
         if not self._assignment.candidates:
             raise ValueError(
                 f"{self._method} found no layer that it supports in {type(model).__name__} "
-                f"({_supported()}): use a torch.optim optimizer for this model"
+                f"({SUPPORTED}): use a torch.optim optimizer for this model"
             )
         self._events = Events()
         self._position = 0
@@ -333,7 +335,7 @@ class NaturalGradient(torch.optim.Optimizer):
         self._build_blocks()
         if not self._blocks:
             raise ValueError(
-                f"no layer that {self._method} supports ({_supported()}) has a parameter to train: "
+                f"no layer that {self._method} supports ({SUPPORTED}) has a parameter to train: "
                 "all are frozen, left out or not in the parameter groups"
             )
         self._check_alike()
@@ -671,13 +673,18 @@ class NaturalGradient(torch.optim.Optimizer):
 
     def _due(self, step: int) -> Due:
         """What is due in a step, counted from 0."""
-        factors = self._is_due(step, self.factor_every, STATISTICS)
+        factors = self._is_due(step, self.factor_every)
         rows = amount_at(self.factor_every, self.factor_rows)
         here = None if rows is None else rows / self._ranks.count
         return Due(factors, scale=False, basis=False, factor_rows=here)
 
-    def _is_due(self, step: int, every: int, divisor: int) -> bool:
-        return is_due(step, every, divisor if self.interval_warmup else None)
+    def _is_due(self, step: int, every: int) -> bool:
+        """Whether statistics are that are taken so often."""
+        return is_due(step, every, STATISTICS if self.interval_warmup else None)
+
+    def _last_turn(self, position: int) -> int:
+        """The last step, up to this one, in which all bases were due."""
+        return last_due(position, self.basis_every, BASES if self.interval_warmup else None)
 
     def _decay(self, every: int, decay: float) -> float:
         """ε of an average that is due now."""
@@ -716,8 +723,7 @@ class NaturalGradient(torch.optim.Optimizer):
 
     def _choose(self) -> list[Job]:
         """The blocks whose turn it is to get a new basis in the coming step, or in this one."""
-        divisor = BASES if self.interval_warmup else None
-        last = last_due(self._position, self.basis_every, divisor)
+        last = self._last_turn(self._position)
         since = self._schedule.refreshed
         jobs = [
             Job(block.name, since.get(block.name, -1), block.refresh_cost)
@@ -842,11 +848,11 @@ class NaturalGradient(torch.optim.Optimizer):
 
     def _check_measured(self, capture: Capture, troubled: set[str]) -> None:
         """Raise or warn if layers have gradients but no curvature, and no known trouble."""
-        if lost := capture.lost():
+        if lost := [*map(repr, capture.lost())]:
             self._events.warn(
                 "unseen",
-                f"the curvature of layers {_listed(lost)} stays as it was: they get gradients, but "
-                "the last steps that were to measure it have not seen them behind the model's "
+                f"the curvature of layers {first_few(lost)} stays as it was: they get gradients, "
+                "but the last steps that were to measure it have not seen them behind the model's "
                 "output (is the model itself called, and its gradient not put there by hand?)",
             )
         missing = [
@@ -877,7 +883,7 @@ class NaturalGradient(torch.optim.Optimizer):
         kinds = {capture.strange[name] for name in missing if name in capture.strange}
         self._events.warn(
             "missing",
-            f"no curvature of layers {_listed(missing)}: they have gradients, but "
+            f"no curvature of layers {first_few([*map(repr, missing)])}: they have gradients, but "
             + (
                 f"their weights are used by {', '.join(sorted(kinds))}, which is no product known "
                 "here"
@@ -901,10 +907,11 @@ class NaturalGradient(torch.optim.Optimizer):
             raise RuntimeError(
                 f"{self._method} does not support sparse gradients: give embeddings sparse=False"
             )
-        finite = _all_finite(grads, math.inf if self._waits() else 2.0)
+        waits = self._waits()
+        finite = _all_finite(grads, math.inf if waits else 2.0)
         # Of numbers near the end of their range the square is not finite, and the largest is: of
         # gradients on a processor that takes 20 times as long to find.
-        return finite if self._waits() or bool(finite) else _all_finite(grads, math.inf)
+        return finite if waits or bool(finite) else _all_finite(grads, math.inf)
 
     def _not_finite(self) -> str:
         """Name of a parameter whose gradient is not finite."""
@@ -1035,8 +1042,7 @@ class NaturalGradient(torch.optim.Optimizer):
     def _scheduled(self, packed: dict[str, Any] | None) -> Schedule:
         """What `state_dict` kept of the schedule; older states had none, and all turns at once."""
         if packed is None:
-            divisor = BASES if self.interval_warmup else None
-            last = last_due(self._position - 1, self.basis_every, divisor)
+            last = self._last_turn(self._position - 1)
             return Schedule(
                 refreshed={name: last for name, block in self._blocks.items() if block.basis}
             )
@@ -1084,11 +1090,3 @@ def _all_finite(tensors: list[Tensor], order: float) -> Tensor:
     dtype = reduce(torch.promote_types, {t.dtype for t in tensors}, torch.float32)
     norms = torch._foreach_norm(tensors, order, dtype=dtype)
     return torch.stack([n.to(tensors[0].device) for n in norms]).isfinite().all()
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(map(repr, names[:3])) + (" and others" if len(names) > 3 else "")
-
-
-def _supported() -> str:
-    return "matrices that rows are multiplied by, convolutions"
