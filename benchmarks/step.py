@@ -194,7 +194,7 @@ PARTS = {
     "inputs and gradients as matrices": "tekfac.layers.layer.Layer._rows",
     "traces of the examples": "tekfac.curvature.factors.TraceRestrictedFactors.add",
     "factors": "tekfac.curvature.moments.Moment.add",
-    "rescaling": "tekfac.curvature.blocks.CorrectedBlock._add_squares",
+    "rescaling": "tekfac.curvature.rescaling.CorrectedBlock._add_squares",
     "basis": "tekfac.curvature.moments.Moment.eigen",
     "preconditioning": "tekfac.optimizer.update.Preconditioner.natural_gradients",
 }

@@ -14,13 +14,11 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.nn.utils.parametrize import ParametrizationList
 from torch.utils.hooks import RemovableHandle
 
 from tekfac import verdict
@@ -41,61 +39,15 @@ from tekfac.capture.graph import (
 )
 from tekfac.capture.hook import Hook, drop_inert
 from tekfac.capture.likelihoods import Likelihood
+from tekfac.capture.observer import Observer, cleared
 from tekfac.capture.outputs import find_outputs, tensors_of
+from tekfac.capture.passes import Overheard, Pass, Reached, ReachedBehind, parts_of
 from tekfac.checks import first_few
-from tekfac.layers import Assignment, ConvLayer, Layer, LinearLayer, Sample
+from tekfac.layers import Assignment, ConvLayer, LinearLayer
 from tekfac.ranks.group import is_parallel, parallel_parts
 
 # Steps that were to measure a layer and did not see it, before that is said.
 PATIENCE = 3
-
-
-class Observer(Protocol):
-    """Who wants to know what a layer saw: a curvature block."""
-
-    @property
-    def layer(self) -> Layer:
-        """The layer."""
-
-    @property
-    def listening(self) -> bool:
-        """Whether the coming step needs samples."""
-
-    @property
-    def empty(self) -> bool:
-        """Whether nothing is known yet."""
-
-    @property
-    def pending(self) -> bool:
-        """Whether it has been given samples since the last step."""
-
-    def observe(self, sample: Sample) -> None:
-        """Take one backward pass."""
-
-    def discard(self) -> None:
-        """Forget what was given since the last step."""
-
-
-@dataclass(eq=False)
-class _Pass:
-    """One forward pass through the model.
-
-    Attributes:
-        places: where outputs came from: the name of the module ("" for the model), and which of
-            those that it returned.
-        outputs: the tensors that likelihoods are about, without their graph.
-        likelihoods: theirs.
-        done: which of them a backward pass has reached.
-        given: layers that have had a sample of this pass.
-        terms: of the first output that was reached, 0-dimensional.
-    """
-
-    places: list[tuple[str, int]] = field(default_factory=list)
-    outputs: list[Tensor] = field(default_factory=list)
-    likelihoods: list[Likelihood] = field(default_factory=list)
-    done: set[int] = field(default_factory=set)
-    given: set[str] = field(default_factory=set)
-    terms: Tensor | None = None
 
 
 class Capture:
@@ -169,7 +121,7 @@ class Capture:
         self._waiting: list[Delivery] = []
         self._task = -1
         self._behind: set[int] = set()
-        self._parts: _Pass | None = None
+        self._parts: Pass | None = None
         self._outermost: nn.Module | None = None
         # Outputs that output= made, of the last forward pass, whose graph they hold.
         self._made: dict[int, Tensor] = {}
@@ -266,7 +218,7 @@ class Capture:
         if result is None or not self._looks():  # None: the forward has failed
             return
         try:
-            self._note(_Pass(), "", result)
+            self._note(Pass(), "", result)
         except ValueError as error:
             if module.training:
                 raise
@@ -289,7 +241,7 @@ class Capture:
             return
         name = self._names[module]
         if self._parts is None or any(name == part for part, _ in self._parts.places):
-            self._parts = _Pass()
+            self._parts = Pass()
         try:
             self._note(self._parts, name, result)
         # A function of the user's that finds the logits may not know what this part returns.
@@ -344,7 +296,7 @@ class Capture:
                 stacklevel=2,
             )
 
-    def _note(self, here: _Pass, name: str, result: Any) -> None:
+    def _note(self, here: Pass, name: str, result: Any) -> None:
         """Wait for a backward pass from what the model, or a part of it, returned."""
         found = self.outputs(result)
         if len(self.likelihoods) not in (1, len(found)):
@@ -371,7 +323,7 @@ class Capture:
 
     def _wait(
         self,
-        here: _Pass,
+        here: Pass,
         name: str,
         output: Tensor,
         likelihood: Likelihood,
@@ -390,22 +342,20 @@ class Capture:
         here.outputs[number] = output.detach().clone()
         for each in made_of:
             edge = source_of(each)
-            edge.node.register_prehook(_ReachedBehind(self, here, number, edge.output_nr))
+            edge.node.register_prehook(ReachedBehind(self, here, number, edge.output_nr))
         if not made_of:
             edge = source_of(output)
-            edge.node.register_prehook(_Reached(self, here, number, edge.output_nr))
+            edge.node.register_prehook(Reached(self, here, number, edge.output_nr))
 
     # -- backward ----------------------------------------------------------------------------------
 
-    def reached_behind(self, here: _Pass, number: int) -> None:
+    def reached_behind(self, here: Pass, number: int) -> None:
         """The user's backward pass has reached a tensor that an output was made of."""
         output = self._made.get(number)
         if output is not None and number not in here.done and not self._is_part(here, number):
             self.reached(here, number, get_gradient_edge(output), None)
 
-    def reached(
-        self, here: _Pass, number: int, root: GradientEdge, gradient: Tensor | None
-    ) -> None:
+    def reached(self, here: Pass, number: int, root: GradientEdge, gradient: Tensor | None) -> None:
         """The user's backward pass has reached an output of the network.
 
         Args:
@@ -446,7 +396,7 @@ class Capture:
             self._settle(found, uses)
             self._measure(here, number, root, gradient, uses)
 
-    def _is_part(self, here: _Pass, number: int) -> bool:
+    def _is_part(self, here: Pass, number: int) -> bool:
         """Whether what the backward pass has reached is no output, but what one was made of."""
         part = here.places[number][0] != ""
         if part and self.called:
@@ -488,7 +438,7 @@ class Capture:
 
     def _measure(
         self,
-        here: _Pass,
+        here: Pass,
         number: int,
         root: GradientEdge,
         gradient: Tensor | None,
@@ -576,7 +526,7 @@ class Capture:
         with own_pass():
             go_through(root, cotangent, list(wanted), received)
 
-    def _fit(self, here: _Pass, number: int, gradient: Tensor | None) -> Likelihood | None:
+    def _fit(self, here: Pass, number: int, gradient: Tensor | None) -> Likelihood | None:
         """The likelihood of an output; None if it is not known, which "empirical" can bear."""
         given, output = here.likelihoods[number], here.outputs[number]
         if gradient is None:
@@ -608,7 +558,7 @@ class Capture:
             if use.node is root.node and gradient is not None:
                 self._received(delivery, product, gradient)
             else:
-                use.node.register_prehook(_Overheard(self, delivery, product))
+                use.node.register_prehook(Overheard(self, delivery, product))
 
     def overheard(self, delivery: Delivery, product: Expected, gradient: Tensor) -> None:
         """The user's backward pass has reached a product (empirical Fisher)."""
@@ -627,84 +577,6 @@ class Capture:
             device = sample.gradients[0].device.type
             with torch.no_grad(), torch.autocast(device, enabled=False):
                 self.blocks[name].observe(sample)
-
-
-@dataclass(eq=False)
-class _Reached:
-    """A hook on the node that made an output.
-
-    It must not hold that node: the cycle would run through autograd, where Python's collector can't
-    see it, and the graph would never be freed.
-    """
-
-    capture: Capture
-    here: _Pass
-    number: int
-    place: int
-
-    def __call__(self, gradients: tuple[Tensor | None, ...]) -> None:
-        gradient = gradients[self.place]
-        if gradient is not None:
-            root = GradientEdge(torch._C._current_autograd_node(), self.place)
-            self.capture.reached(self.here, self.number, root, gradient)
-
-
-@dataclass(eq=False)
-class _ReachedBehind:
-    """A hook on the node that made what an output was made of; it holds no node either."""
-
-    capture: Capture
-    here: _Pass
-    number: int
-    place: int
-
-    def __call__(self, gradients: tuple[Tensor | None, ...]) -> None:
-        if gradients[self.place] is not None:
-            self.capture.reached_behind(self.here, self.number)
-
-
-@dataclass(eq=False)
-class _Overheard:
-    """A hook on a product that the user's backward pass is about to go through."""
-
-    capture: Capture
-    delivery: Delivery
-    product: Expected
-
-    def __call__(self, gradients: tuple[Tensor | None, ...]) -> None:
-        if gradients[0] is not None:
-            self.capture.overheard(self.delivery, self.product, gradients[0])
-
-
-def cleared(layers: Sequence[Sequence[nn.Parameter]]) -> list[bool]:
-    """Of which layers the gradients that were there are gone, by whoever cleared them."""
-    left: dict[int, Tensor] = {}
-    for number, parameters in enumerate(layers):
-        grads = [p.grad for p in parameters if p.grad is not None]
-        if grads:
-            left[number] = torch.stack([grad.any().to(grads[0].device) for grad in grads]).any()
-    if not left:
-        return [True] * len(layers)
-    # One look at the device for all of them.
-    first = next(iter(left.values()))
-    kept = torch.stack([each.to(first.device) for each in left.values()]).cpu().tolist()
-    there = dict(zip(left, kept, strict=True))
-    return [not there.get(number, False) for number in range(len(layers))]
-
-
-def parts_of(model: nn.Module, blocks: Mapping[str, Observer]) -> dict[nn.Module, str]:
-    """The modules inside of a model that have layers in them, and their names."""
-    layers = {p for block in blocks.values() for p in block.layer.parameters}
-    lists = [m for m in model.modules() if isinstance(m, ParametrizationList)]
-    own = {each for m in lists for each in m.modules()}
-    return {
-        module: name
-        for name, module in model.named_modules()
-        if module is not model
-        and module not in own
-        and not isinstance(module, torch.jit.ScriptModule)
-        and not layers.isdisjoint(module.parameters())
-    }
 
 
 def _identity(node: Any) -> int:

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import nn
 
 from tekfac.checks import check_count, check_decay
-from tekfac.curvature.blocks import Block, CorrectedBlock, Due
+from tekfac.curvature.blocks import Block
 from tekfac.curvature.damping import Damping, MeanDamping
 from tekfac.curvature.factors import KroneckerFactors
-from tekfac.optimizer.intervals import amount_at
-from tekfac.optimizer.natural_gradient import Common, NaturalGradient
+from tekfac.curvature.rescaling import CorrectedBlock
+from tekfac.optimizer.arguments import Common
+from tekfac.optimizer.natural_gradient import NaturalGradient
+from tekfac.optimizer.timetable import Intervals, Statistic
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -74,10 +76,6 @@ class EKFAC(NaturalGradient):
         self.scale_examples = scale_examples
         super().__init__(model, lr, momentum, damping=damping, **common)
 
-    def _due(self, step: int) -> Due:
-        scale = self._is_due(step, self.scale_every)
-        examples = self._ranks.share(amount_at(self.scale_every, self.scale_examples))
-        return replace(super()._due(step), scale=scale, scale_examples=examples)
-
-    def _decays(self) -> tuple[float, float]:
-        return super()._decays()[0], self._decay(self.scale_every, self.scale_decay)
+    def _intervals(self) -> Intervals:
+        scale = Statistic(self.scale_every, self.scale_decay, self.scale_examples)
+        return replace(super()._intervals(), scale=scale)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from tekfac.curvature.blocks import FactoredBlock
 from tekfac.curvature.factors import KroneckerFactors
+from tekfac.curvature.rescaling import FactoredBlock
 from tekfac.optimizer.natural_gradient import NaturalGradient
 
 

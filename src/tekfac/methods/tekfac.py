@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from tekfac.curvature.blocks import CorrectedBlock
 from tekfac.curvature.damping import Damping, MeanDamping
 from tekfac.curvature.factors import TraceRestrictedFactors
+from tekfac.curvature.rescaling import CorrectedBlock
 from tekfac.methods.ekfac import EKFAC
 from tekfac.methods.tkfac import TKFAC
-from tekfac.optimizer.natural_gradient import Common
+from tekfac.optimizer.arguments import Common
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -8,11 +8,13 @@ import torch
 from torch import nn
 
 from tekfac.checks import check_positive
-from tekfac.curvature.blocks import Block, FactoredBlock
+from tekfac.curvature.blocks import Block
 from tekfac.curvature.damping import Damping, MeanDamping
 from tekfac.curvature.factors import TraceRestrictedFactors
+from tekfac.curvature.rescaling import FactoredBlock
 from tekfac.layers import ConvLayer
-from tekfac.optimizer.natural_gradient import Common, NaturalGradient
+from tekfac.optimizer.arguments import Common
+from tekfac.optimizer.natural_gradient import NaturalGradient
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -10,10 +10,10 @@ import inspect
 import math
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import is_dataclass, replace
+from dataclasses import is_dataclass
 from functools import reduce
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, TypedDict, overload
+from typing import TYPE_CHECKING, Any, ClassVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -21,29 +21,21 @@ from torch import Tensor, nn
 from tekfac import verdict
 from tekfac.capture.capture import Capture
 from tekfac.capture.fisher import SampledFisher, make_fisher
-from tekfac.capture.graph import REENTRANT, multiplies
 from tekfac.capture.likelihoods import Likelihood, make_likelihoods
 from tekfac.capture.outputs import chosen_outputs, find_outputs
-from tekfac.checks import check_count, check_decay, check_positive, first_few
-from tekfac.curvature.blocks import STORED, Block, Due
+from tekfac.curvature.blocks import Block
 from tekfac.curvature.damping import Damping, MeanDamping
 from tekfac.layers import Layer, assign
 from tekfac.layers.assignment import plain_name
 from tekfac.optimizer import state
+from tekfac.optimizer.arguments import check_arguments
 from tekfac.optimizer.events import Events
 from tekfac.optimizer.first_order import Adam, adam_state, adam_step
 from tekfac.optimizer.groups import check_group, completed, listed, rule_of
-from tekfac.optimizer.intervals import (
-    BASES,
-    LONG,
-    STATISTICS,
-    amount_at,
-    decay_at,
-    is_due,
-    last_due,
-)
-from tekfac.optimizer.schedule import Job, Schedule
-from tekfac.optimizer.summary import Entry, Summary, treatment_of
+from tekfac.optimizer.household import Household
+from tekfac.optimizer.summary import Summary, summarised
+from tekfac.optimizer.timetable import Intervals, Statistic, Timetable
+from tekfac.optimizer.unmeasured import check_measured, note_unused
 from tekfac.optimizer.update import (
     Preconditioner,
     momentum_state,
@@ -51,9 +43,8 @@ from tekfac.optimizer.update import (
     within_kl,
     within_rms,
 )
-from tekfac.ranks.group import check_alike, digest, facts_of, ranks_for
-from tekfac.ranks.placement import check_placement, divided, holders, unit_size
-from tekfac.ranks.ranks import Ranks
+from tekfac.ranks.group import facts_of, ranks_for
+from tekfac.ranks.placement import check_placement
 from tekfac.verdict import YES, Verdict
 
 if TYPE_CHECKING:
@@ -61,37 +52,6 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 SUPPORTED = "matrices that rows are multiplied by, convolutions"
-
-
-class Common(TypedDict, total=False):
-    """Keyword arguments of `NaturalGradient` that a method passes on."""
-
-    nesterov: bool
-    weight_decay: float
-    power: float
-    rms_clip: float | None
-    fisher: str
-    likelihood: str | Likelihood | Sequence[str | Likelihood]
-    mc_samples: int
-    generator: torch.Generator | None
-    loss_reduction: str
-    mean_over: str
-    batch_dim: int | None
-    output: Callable[[Any], Any] | None
-    kl_clip: float | None
-    factor_every: int
-    basis_every: int
-    interval_warmup: bool
-    factor_decay: float
-    factor_rows: int | None
-    rank: int | None
-    storage: torch.dtype | None
-    exclude: Sequence[str | type[nn.Module]]
-    first_order: Adam
-    params: Iterable[dict[str, Any]] | None
-    process_group: ProcessGroup | DeviceMesh | None
-    placement: str | float
-    communication: torch.dtype | None
 
 
 class NaturalGradient(torch.optim.Optimizer):
@@ -257,37 +217,26 @@ class NaturalGradient(torch.optim.Optimizer):
                 f"{self._method} needs the model itself, not its parameters, to see what its "
                 f"layers see: {self._method}(model, lr=...); got {type(model).__name__}"
             )
-        if loss_reduction not in ("mean", "sum"):
-            raise ValueError(f'loss_reduction must be "mean" or "sum", got {loss_reduction!r}')
-        if mean_over not in ("terms", "examples"):
-            raise ValueError(f'mean_over must be "terms" or "examples", got {mean_over!r}')
-        if batch_dim not in (None, 0, 1) or isinstance(batch_dim, bool):
-            raise ValueError(f"batch_dim must be 0, 1 or None, got {batch_dim!r}")
-        check_count("factor_every", factor_every)
-        check_count("basis_every", basis_every)
-        check_count("mc_samples", mc_samples)
-        check_decay("factor_decay", factor_decay)
-        if factor_rows is not None:
-            check_count("factor_rows", factor_rows)
-        if rank is not None:
-            check_count("rank", rank)
-        if storage is not None and not (
-            isinstance(storage, torch.dtype) and storage.is_floating_point
-        ):
-            raise ValueError(f"storage must be a floating-point torch.dtype, got {storage!r}")
-        if kl_clip is not None:
-            check_positive("kl_clip", kl_clip)
-        if not isinstance(first_order, Adam):
-            raise TypeError(f"first_order must be a tekfac.Adam, got {first_order!r}")
-
+        check_arguments(
+            loss_reduction=loss_reduction,
+            mean_over=mean_over,
+            batch_dim=batch_dim,
+            mc_samples=mc_samples,
+            kl_clip=kl_clip,
+            factor_every=factor_every,
+            basis_every=basis_every,
+            factor_decay=factor_decay,
+            factor_rows=factor_rows,
+            rank=rank,
+            storage=storage,
+            first_order=first_order,
+        )
         check_placement(placement)
 
         self.model = model
         self.placement = placement
         self._ranks = ranks_for(model, process_group, communication)
-        self._unit = Ranks()
-        self._homes: dict[str, int] = {}
-        self._alike = False
+        self._household = Household(self._ranks, placement)
         self.factor_every, self.basis_every = factor_every, basis_every
         self.interval_warmup = interval_warmup
         self.factor_decay, self.kl_clip = factor_decay, kl_clip
@@ -309,8 +258,7 @@ class NaturalGradient(torch.optim.Optimizer):
                 f"({SUPPORTED}): use a torch.optim optimizer for this model"
             )
         self._events = Events()
-        self._position = 0
-        self._schedule = Schedule()
+        self._timetable = Timetable()
         self._blocks: dict[str, Block] = {}
         self._frozen: set[Tensor] = set()
         self._preconditioner = Preconditioner()
@@ -338,13 +286,7 @@ class NaturalGradient(torch.optim.Optimizer):
                 f"no layer that {self._method} supports ({SUPPORTED}) has a parameter to train: "
                 "all are frozen, left out or not in the parameter groups"
             )
-        self._check_alike()
-
-    def _check_alike(self) -> None:
-        """Raise on all ranks unless they train the same model in the same way."""
-        if not self._alike:
-            check_alike(self._ranks, self._facts())
-            self._alike = True
+        self._household.check_alike(self._facts)
 
     def _facts(self) -> dict[str, str]:
         """What ranks have to agree on, in words."""
@@ -372,7 +314,7 @@ class NaturalGradient(torch.optim.Optimizer):
                 for name, value in group.items()
                 if name not in ("base_lr", "initial_lr")  # what "lr" was at first
             ),
-            "the steps that they took": str(self._position),
+            "the steps that they took": str(self._timetable.step),
         }
 
     @property
@@ -411,42 +353,17 @@ class NaturalGradient(torch.optim.Optimizer):
         ``print(optimizer)`` shows it. Before the first step it tells what will be, as far as the
         model's modules tell; whether a matrix is multiplied at all is seen when it is.
         """
-        covered = {p: block for block in self._blocks.values() for p in block.layer.parameters}
-        trained = {p for group in self.param_groups for p in group["params"]}
-        strange = {} if self._capture is None else self._capture.strange
-        orders = {} if self._capture is None else self._capture.orders
-        entries = []
-        for name, p in self.model.named_parameters():
-            block = covered.get(p)
-            owner = self._assignment.owner.get(p)
-            order = None if block is None else orders.get(block.name)
-            words = treatment_of(
-                p,
-                self._method,
-                block,
-                p in trained,
-                owner if owner in self._blocks else None,
-                self._assignment.reasons.get(p, "frozen when added"),
-                strange,
-            )
-            entries.append(
-                Entry(
-                    name=name,
-                    shape=tuple(p.shape),
-                    treatment=words,
-                    block=block,
-                    measured=block is not None and not block.empty,
-                    leads=block is not None and p is block.layer.parameters[0],
-                    order="" if order is None else order.kind,
-                    refreshed=None if block is None else self._schedule.refreshed.get(block.name),
-                    own_bytes=sum(
-                        value.numel() * value.element_size()
-                        for value in self.state.get(p, {}).values()
-                        if isinstance(value, Tensor)
-                    ),
-                )
-            )
-        return Summary(self._method, entries, self._events.counts["steps"])
+        return summarised(
+            self.model.named_parameters(),
+            self._method,
+            self._blocks,
+            self._assignment,
+            self._capture,
+            self.param_groups,
+            self.state,
+            self._timetable.schedule.refreshed,
+            self._events.counts["steps"],
+        )
 
     def __str__(self) -> str:
         return str(self.summary())
@@ -502,7 +419,7 @@ class NaturalGradient(torch.optim.Optimizer):
         self._frozen.update(p for p in added if not p.requires_grad)
         if self._blocks and any(p in self._assignment.owner for p in added):
             self._build_blocks()
-        self._alike = False
+        self._household.doubt()
 
     def _build_blocks(self) -> None:
         """Make the blocks of all layers in the curvature groups, and listen to them."""
@@ -518,25 +435,8 @@ class NaturalGradient(torch.optim.Optimizer):
         for name, layer in layers.items():
             group = group_of[layer.parameters[0]]
             self._blocks[name] = self.make_block(layer, group, self.rank, self.storage)
-        self._place()
+        self._household.place(self._blocks)
         self._listen()
-
-    def _place(self) -> None:
-        """Decide which rank holds which block; those that have a place keep it."""
-        sizes = {name: block.state_bytes for name, block in self._blocks.items()}
-        if not self._homes:
-            size = unit_size(self.placement, self._ranks.count, sum(sizes.values()))
-            self._unit = self._ranks.unit(size)
-        unit = self._unit
-        loads = [0] * unit.count
-        for name, home in self._homes.items():
-            loads[home] += sizes[name]
-        new = [name for name in self._blocks if name not in self._homes]
-        everybody = [range(unit.count)] * len(new)
-        homes = divided([sizes[name] for name in new], everybody, loads)
-        self._homes |= zip(new, homes, strict=True)
-        for name in new:
-            self._blocks[name].hold(self._homes[name] == unit.number)
 
     def _group_of(self) -> dict[Tensor, dict[str, Any]]:
         """The group of each parameter that may be covered by a block."""
@@ -597,7 +497,7 @@ class NaturalGradient(torch.optim.Optimizer):
         if capture.passes == 0 and all(group["lr"] == 0 for group in self.param_groups):
             self._initialise()
             return loss
-        self._check_alike()
+        self._household.check_alike(self._facts)
         capture.flush()
         for block in self._blocks.values():
             if block.pending and all(p.grad is None for p in block.layer.parameters):
@@ -615,17 +515,15 @@ class NaturalGradient(torch.optim.Optimizer):
                 return loss
             self._events.go()
         self._agree(capture)
-        self._choose_newcomers()
+        self._timetable.welcome(self._blocks.values(), self._intervals())
         troubled = self._update_curvature(wanted)
         if not capture.missed:
-            self._check_measured(capture, troubled)
-        self._note_unused(capture)
+            check_measured(capture, self._blocks, troubled, self._events, self.model, self._method)
+        note_unused(capture, self._blocks, self._ranks)
         capture.discard()
         self._apply(wanted)
-        done = [job for job in self._turns if not self._blocks[job.name].factors.empty]
-        self._schedule.charge(done, self._step_cost(), self._position)
+        self._timetable.advance(self._blocks.values())
         self._events.counts["steps"] += 1
-        self._position += 1
         self._set_due()
         return loss
 
@@ -671,69 +569,21 @@ class NaturalGradient(torch.optim.Optimizer):
         if self._capture is not None:
             self._capture.discard()
 
-    def _due(self, step: int) -> Due:
-        """What is due in a step, counted from 0."""
-        factors = self._is_due(step, self.factor_every)
-        rows = amount_at(self.factor_every, self.factor_rows)
-        here = None if rows is None else rows / self._ranks.count
-        return Due(factors, scale=False, basis=False, factor_rows=here)
-
-    def _is_due(self, step: int, every: int) -> bool:
-        """Whether statistics are that are taken so often."""
-        return is_due(step, every, STATISTICS if self.interval_warmup else None)
-
-    def _last_turn(self, position: int) -> int:
-        """The last step, up to this one, in which all bases were due."""
-        return last_due(position, self.basis_every, BASES if self.interval_warmup else None)
-
-    def _decay(self, every: int, decay: float) -> float:
-        """ε of an average that is due now."""
-        divisor = STATISTICS if self.interval_warmup else None
-        return decay_at(self._position, every, divisor, decay)
+    def _intervals(self) -> Intervals:
+        """How often what is due; settings may be changed between steps."""
+        factors = Statistic(self.factor_every, self.factor_decay, self.factor_rows)
+        return Intervals(factors, self.basis_every, self.interval_warmup)
 
     def _set_due(self) -> None:
-        usual = self._due(self._position)
-        if self._capture is not None and self._ranks.repeats(self._capture.missed):
-            # What the last step was to measure, it has not seen.
-            missed = [block.due for block in self._blocks.values() if not block.factors.empty]
-            usual = replace(
-                usual,
-                factors=usual.factors or any(due.factors for due in missed),
-                scale=usual.scale or any(due.scale for due in missed),
-            )
-        self._turns = self._choose()
-        turns = {job.name for job in self._turns}
-        divided = self._unit.count > 1  # not every rank has every basis when it measures
-        for block in self._blocks.values():
-            basis = block.name in turns
-            if block.factors.empty:
-                # Measured as soon as it can be, but a layer that no gradient reaches must not cost
-                # an extra backward pass in every step.
-                now = usual.factors or not block.silent
-                block.due = replace(usual, factors=now, scale=now, basis=now, late=True)
-            else:
-                # A first basis has its rescaling with the next measurement: one for it alone would
-                # cost a backward pass in every turn.
-                scale = usual.scale and (basis or block.basis is not None)
-                block.due = replace(usual, scale=scale, basis=basis, late=basis or divided)
+        capture = self._capture
+        again = capture is not None and self._ranks.repeats(capture.missed)
+        self._timetable.announce(
+            self._blocks.values(), self._intervals(), self._ranks, again, self._household.divided
+        )
         if isinstance(self.fisher, SampledFisher):
-            self._ranks.reseed(self.fisher.generator, self._seed, self._position)
-        if self._capture is not None:
-            self._capture.expect()
-
-    def _choose(self) -> list[Job]:
-        """The blocks whose turn it is to get a new basis in the coming step, or in this one."""
-        last = self._last_turn(self._position)
-        since = self._schedule.refreshed
-        jobs = [
-            Job(block.name, since.get(block.name, -1), block.refresh_cost)
-            for block in self._blocks.values()
-            if (block.basis is None or since.get(block.name, -1) < last)
-            and (block.pending or not block.factors.empty)
-        ]
-        if self.basis_every < LONG:
-            return jobs
-        return self._schedule.choose(jobs, self._step_cost())
+            self._ranks.reseed(self.fisher.generator, self._seed, self._timetable.step)
+        if capture is not None:
+            capture.expect()
 
     def _agree(self, capture: Capture) -> None:
         """Have all ranks know the same before a basis is made or a layer measured the first time.
@@ -745,48 +595,34 @@ class NaturalGradient(torch.optim.Optimizer):
             block.due.basis or (block.listening and block.factors.empty) for block in blocks
         ):
             return
-        mark = digest(self._facts())
-        own = [block.tell() for block in blocks]
-        said = [mark, -mark, -int(capture.parallel), *(each for told in own for each in told)]
-        highest, lowest, unaveraged, *heard = self._ranks.highest(said)
-        if highest != -lowest:
-            check_alike(self._ranks, self._facts())
-        self._ranks.averaged |= unaveraged == -1
-        for block, told in zip(blocks, own, strict=True):
-            block.hear(heard[: len(told)])
-            heard = heard[len(told) :]
+        self._household.agree(self._blocks, self._facts(), capture.parallel)
         capture.settle(block.name for block in blocks if block.pending)
-
-    def _choose_newcomers(self) -> None:
-        """Choose again if blocks were measured for the first time: now what they take is known."""
-        if any(block.factors.empty and block.pending for block in self._blocks.values()):
-            self._turns = self._choose()
-            turns = {job.name for job in self._turns}
-            for block in self._blocks.values():
-                block.due = replace(block.due, basis=block.name in turns)
-
-    def _step_cost(self) -> int:
-        return sum(block.step_cost for block in self._blocks.values())
-
-    def _decays(self) -> tuple[float, float]:
-        """ε2 and ε1 now; the latter for the methods that have a rescaling of their own."""
-        return self._decay(self.factor_every, self.factor_decay), 0.0
 
     def _update_curvature(self, wanted: Verdict) -> set[str]:
         """Bring all blocks up to date; names of those whose batch is known to be unusable."""
         blocks = list(self._blocks.values())
         measured = [block for block in blocks if block.listening]
-        factor_decay, scale_decay = self._decays() if measured else (0.0, 0.0)
+        intervals, step = self._intervals(), self._timetable.step
         for block in blocks:
             block.finish(own_mean=self.fisher is None and self.loss_reduction == "mean")
         self._ranks.pool(measured, late=False)
         for block in blocks:
-            block.learn(factor_decay, wanted)
-        troubled = self._refresh([block for block in blocks if block.refreshing])
+            block.learn(intervals.decay(step, intervals.factors), wanted)
+        due = [block for block in blocks if block.refreshing]
+        troubled = self._household.refresh(due)
+        for name in sorted(troubled):
+            self._events.counts["failed_decompositions"] += 1
+            self._events.warn(
+                "failed_decompositions",
+                f"no eigendecomposition of layer {name!r}'s factors could be found, in "
+                "float64 either: the last good basis stays "
+                "(counters['failed_decompositions'] counts these)",
+            )
+        self._household.rotate(self._blocks, {block.name for block in due} - troubled)
         self._ranks.pool([block for block in blocks if block.rescaling], late=True)
         for block in blocks:
             block.release()
-            report = block.finish_update(scale_decay)
+            report = block.finish_update(intervals.decay(step, intervals.scale))
             if report.used.open:
                 self._events.count("skipped_statistics", report.used.missed(wanted))
             elif report.used.refused:
@@ -797,103 +633,8 @@ class NaturalGradient(torch.optim.Optimizer):
             self._update_fc_scale()
         return troubled
 
-    def _refresh(self, due: Sequence[Block]) -> set[str]:
-        """Make new bases, each on one rank, and rotate what waited for them.
-
-        Returns:
-            The names of blocks for which none could be found.
-        """
-        ranks, failed = self._ranks, set()
-        places = [holders(self._homes[b.name], ranks.count, self._unit.count) for b in due]
-        makers = divided([block.refresh_cost for block in due], places, [0] * ranks.count)
-        own = [
-            block.eigen() if maker == ranks.number else block.eigen_shapes()
-            for block, maker in zip(due, makers, strict=True)
-        ]
-        sources = [maker for maker, each in zip(makers, own, strict=True) for _ in each]
-        found = iter(ranks.spread([tensor for each in own for tensor in each], sources))
-        for block, each in zip(due, own, strict=True):
-            if not block.refresh([next(found) for _ in each]):
-                failed.add(block.name)
-                self._events.counts["failed_decompositions"] += 1
-                self._events.warn(
-                    "failed_decompositions",
-                    f"no eigendecomposition of layer {block.name!r}'s factors could be found, in "
-                    "float64 either: the last good basis stays "
-                    "(counters['failed_decompositions'] counts these)",
-                )
-        known = {block.name for block in due} - failed
-        for block in self._blocks.values():
-            if block.rescaling:
-                if block.name not in known:
-                    home = self._homes[block.name]
-                    block.borrow(self._unit.spread(block.vectors(), [home, home]))
-                block.rotate()
-                block.release()
-        return failed
-
     def _update_fc_scale(self) -> None:
         """Bring β of the fully-connected blocks up to date, where the method has it."""
-
-    def _note_unused(self, capture: Capture) -> None:
-        """Don't look out in every step for layers that a backward pass, seen whole, came not by."""
-        new = [block for block in self._blocks.values() if block.listening and block.factors.empty]
-        if not new:
-            return
-        reached = capture.reached_layers
-        said = [int(bool(reached)), *(int(block.name in reached) for block in new)]
-        anything, *seen = self._ranks.highest(said)
-        for block, here in zip(new, seen, strict=True):
-            block.silent |= bool(anything and not here)
-
-    def _check_measured(self, capture: Capture, troubled: set[str]) -> None:
-        """Raise or warn if layers have gradients but no curvature, and no known trouble."""
-        if lost := [*map(repr, capture.lost())]:
-            self._events.warn(
-                "unseen",
-                f"the curvature of layers {first_few(lost)} stays as it was: they get gradients, "
-                "but the last steps that were to measure it have not seen them behind the model's "
-                "output (is the model itself called, and its gradient not put there by hand?)",
-            )
-        missing = [
-            block.name
-            for block in self._blocks.values()
-            if block.empty
-            and not (block.silent or block.waiting)
-            and block.name not in troubled
-            and block.name not in capture.reached_layers
-            # A matrix that nobody multiplies (a table, positions) is no layer.
-            and multiplies(capture.strange.get(block.name, "mm"))
-            and any(p.grad is not None for p in block.layer.parameters)
-        ]
-        if not missing:
-            return
-        if capture.reentrant:
-            raise RuntimeError(REENTRANT)
-        if capture.problem is not None:
-            raise RuntimeError(
-                f"no statistics could be taken: {capture.problem}"
-            ) from capture.problem
-        if capture.passes == 0 and len(missing) == len(self._blocks):
-            raise RuntimeError(
-                "step() found gradients, but no statistics could be taken: call the model itself "
-                f"({type(self.model).__name__}.__call__, the module given to {self._method}) "
-                "or modules in it, and backward() of a loss that is made of what they return"
-            )
-        kinds = {capture.strange[name] for name in missing if name in capture.strange}
-        self._events.warn(
-            "missing",
-            f"no curvature of layers {first_few([*map(repr, missing)])}: they have gradients, but "
-            + (
-                f"their weights are used by {', '.join(sorted(kinds))}, which is no product known "
-                "here"
-                if kinds
-                else "no product with their weights was found behind the model's output in the "
-                "backward pass (did the loss take another way than the output? output= may give "
-                "several tensors)"
-            )
-            + "; the first-order rule trains them",
-        )
 
     def _finite(self) -> Tensor | None:
         """Whether all gradients are, 0-dimensional; None if there is none.
@@ -939,9 +680,7 @@ class NaturalGradient(torch.optim.Optimizer):
             self._blocks,
             {name: each for name, each in gradients.items() if self._blocks[name].held},
         )
-        known = [naturals.get(name, gradient) for name, gradient in gradients.items()]
-        spread = self._unit.spread(known, [self._homes[name] for name in gradients])
-        naturals = dict(zip(gradients, spread, strict=True))
+        naturals = self._household.spread(gradients | naturals)
         if self.kl_clip is not None:
             naturals = within_kl(naturals, gradients, self._blocks, self.kl_clip)
         for name, natural in within_rms(naturals, self._blocks).items():
@@ -966,18 +705,16 @@ class NaturalGradient(torch.optim.Optimizer):
         parameter.
         """
         packed = super().state_dict()
-        state.add_blocks(packed, self.param_groups, self._blocks, self._learnt())
+        state.add_blocks(
+            packed, self.param_groups, self._blocks, self._household.learnt(self._blocks)
+        )
         packed["tekfac"] = {
             "method": self._method,
             "blocks": state.layout_of(self.param_groups, self._blocks),
             "settings": {name: getattr(self, name) for name in self._settings},
             "counters": self.counters,
-            "position": self._position,
-            "schedule": {
-                "credit": self._schedule.credit,
-                "refreshed": dict(self._schedule.refreshed),
-                "work": {name: block.work for name, block in self._blocks.items()},
-            },
+            "position": self._timetable.step,
+            "schedule": self._timetable.state_dict(self._blocks.values()),
         }
         if isinstance(self.fisher, SampledFisher):
             # As text: it is no tensor that anybody should move, cast or shard.
@@ -988,16 +725,6 @@ class NaturalGradient(torch.optim.Optimizer):
             # Where torch.distributed.checkpoint, which knows of nothing else, takes it along.
             packed["param_groups"][0]["tekfac"] = packed["tekfac"]
         return packed
-
-    def _learnt(self) -> dict[str, dict[str, Tensor]]:
-        """All blocks' estimates by name, also those that other ranks hold."""
-        own = {name: block.state_dict() for name, block in self._blocks.items()}
-        shared = [(name, key) for name in own for key in own[name] if key in STORED]
-        values = [own[name][key] for name, key in shared]
-        whole = self._unit.spread(values, [self._homes[name] for name, _ in shared])
-        for (name, key), value in zip(shared, whole, strict=True):
-            own[name][key] = value
-        return own
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken; nothing is changed if it does not fit.
@@ -1027,8 +754,8 @@ class NaturalGradient(torch.optim.Optimizer):
         for name, value in own["settings"].items():
             setattr(self, name, value)
         self._events.load(own["counters"])
-        self._position = own.get("position", own["counters"]["steps"])  # not there in older states
-        self._schedule = self._scheduled(own.get("schedule"))
+        step = own.get("position", own["counters"]["steps"])  # not there in older states
+        self._timetable.load(step, own.get("schedule"), self._blocks.values(), self._intervals())
         if isinstance(self.fisher, SampledFisher) and "generator" in own:
             saved = own["generator"]
             if isinstance(saved, str):  # in older states a tensor
@@ -1036,19 +763,8 @@ class NaturalGradient(torch.optim.Optimizer):
             self.fisher.generator.set_state(saved.cpu())
             self._seed = own.get("seed", self._seed)  # not there in older states
         self._update_fc_scale()
-        self._alike = False
+        self._household.doubt()
         self._set_due()
-
-    def _scheduled(self, packed: dict[str, Any] | None) -> Schedule:
-        """What `state_dict` kept of the schedule; older states had none, and all turns at once."""
-        if packed is None:
-            last = self._last_turn(self._position - 1)
-            return Schedule(
-                refreshed={name: last for name, block in self._blocks.items() if block.basis}
-            )
-        for name, work in packed["work"].items():
-            self._blocks[name].work = work
-        return Schedule(packed["credit"], dict(packed["refreshed"]))
 
     def __getstate__(self) -> dict[str, Any]:
         # A scheduler puts its own `step` on the instance; it and hooks stay behind, as in torch.

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from tekfac.capture.capture import Capture
 from tekfac.curvature.blocks import Block
+from tekfac.layers import Assignment
 
 HEAD = ("parameter", "shape", "trained by", "W", "kept", "rows", "MiB", "refresh", "basis of step")
 
@@ -83,6 +86,68 @@ class Summary:
             f"{100 * self.share_measured:.1f} % measured; state {_mebibytes(self.state_bytes)} MiB"
         )
         return "\n".join([lines[0], rule, *lines[1:], rule, totals])
+
+
+def summarised(
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    method: str,
+    blocks: Mapping[str, Block],
+    assignment: Assignment,
+    capture: Capture | None,
+    groups: Sequence[Mapping[str, Any]],
+    state: Mapping[Tensor, Mapping[str, Any]],
+    refreshed: Mapping[str, int],
+    step: int,
+) -> Summary:
+    """The table of an optimizer.
+
+    Args:
+        parameters: of the model, by name.
+        method: the optimizer's name.
+        blocks: its blocks, by name.
+        assignment: which parameters belong to which layer, and why others belong to none.
+        capture: what was seen; None once the optimizer is closed.
+        groups: its parameter groups.
+        state: of each parameter.
+        refreshed: the step of each block's last basis.
+        step: steps taken.
+    """
+    covered = {p: block for block in blocks.values() for p in block.layer.parameters}
+    trained = {p for group in groups for p in group["params"]}
+    strange = {} if capture is None else capture.strange
+    orders = {} if capture is None else capture.orders
+    entries = []
+    for name, p in parameters:
+        block = covered.get(p)
+        owner = assignment.owner.get(p)
+        order = None if block is None else orders.get(block.name)
+        words = treatment_of(
+            p,
+            method,
+            block,
+            p in trained,
+            owner if owner in blocks else None,
+            assignment.reasons.get(p, "frozen when added"),
+            strange,
+        )
+        entries.append(
+            Entry(
+                name=name,
+                shape=tuple(p.shape),
+                treatment=words,
+                block=block,
+                measured=block is not None and not block.empty,
+                leads=block is not None and p is block.layer.parameters[0],
+                order="" if order is None else order.kind,
+                refreshed=None if block is None else refreshed.get(block.name),
+                own_bytes=sum(
+                    value.numel() * value.element_size()
+                    for value in state.get(p, {}).values()
+                    if isinstance(value, Tensor)
+                ),
+            )
+        )
+    return Summary(method, entries, step)
 
 
 def _cells(entry: Entry) -> tuple[str, ...]:

@@ -1,0 +1,53 @@
+"""Who wants to know what a layer saw, as capture knows them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from tekfac.layers import Layer, Sample
+
+
+class Observer(Protocol):
+    """Who wants to know what a layer saw: a curvature block."""
+
+    @property
+    def layer(self) -> Layer:
+        """The layer."""
+
+    @property
+    def listening(self) -> bool:
+        """Whether the coming step needs samples."""
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing is known yet."""
+
+    @property
+    def pending(self) -> bool:
+        """Whether it has been given samples since the last step."""
+
+    def observe(self, sample: Sample) -> None:
+        """Take one backward pass."""
+
+    def discard(self) -> None:
+        """Forget what was given since the last step."""
+
+
+def cleared(layers: Sequence[Sequence[nn.Parameter]]) -> list[bool]:
+    """Of which layers the gradients that were there are gone, by whoever cleared them."""
+    left: dict[int, Tensor] = {}
+    for number, parameters in enumerate(layers):
+        grads = [p.grad for p in parameters if p.grad is not None]
+        if grads:
+            left[number] = torch.stack([grad.any().to(grads[0].device) for grad in grads]).any()
+    if not left:
+        return [True] * len(layers)
+    # One look at the device for all of them.
+    first = next(iter(left.values()))
+    kept = torch.stack([each.to(first.device) for each in left.values()]).cpu().tolist()
+    there = dict(zip(left, kept, strict=True))
+    return [not there.get(number, False) for number in range(len(layers))]

@@ -1,0 +1,113 @@
+"""A forward pass, and hooks that a backward pass runs when it comes to what that returned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
+from torch.nn.utils.parametrize import ParametrizationList
+
+from tekfac.capture.delivery import Delivery, Expected
+from tekfac.capture.likelihoods import Likelihood
+from tekfac.capture.observer import Observer
+
+
+@dataclass(eq=False)
+class Pass:
+    """One forward pass through the model.
+
+    Attributes:
+        places: where outputs came from: the name of the module ("" for the model), and which of
+            those that it returned.
+        outputs: the tensors that likelihoods are about, without their graph.
+        likelihoods: theirs.
+        done: which of them a backward pass has reached.
+        given: layers that have had a sample of this pass.
+        terms: of the first output that was reached, 0-dimensional.
+    """
+
+    places: list[tuple[str, int]] = field(default_factory=list)
+    outputs: list[Tensor] = field(default_factory=list)
+    likelihoods: list[Likelihood] = field(default_factory=list)
+    done: set[int] = field(default_factory=set)
+    given: set[str] = field(default_factory=set)
+    terms: Tensor | None = None
+
+
+class Listener(Protocol):
+    """Who is told what a backward pass has reached: the capture."""
+
+    def reached(self, here: Pass, number: int, root: GradientEdge, gradient: Tensor | None) -> None:
+        """An output, by its number, and the gradient of the loss by it."""
+
+    def reached_behind(self, here: Pass, number: int) -> None:
+        """What an output was made of."""
+
+    def overheard(self, delivery: Delivery, product: Expected, gradient: Tensor) -> None:
+        """A product with a layer's weight."""
+
+
+@dataclass(eq=False)
+class Reached:
+    """A hook on the node that made an output.
+
+    It must not hold that node: the cycle would run through autograd, where Python's collector can't
+    see it, and the graph would never be freed.
+    """
+
+    capture: Listener
+    here: Pass
+    number: int
+    place: int
+
+    def __call__(self, gradients: tuple[Tensor | None, ...]) -> None:
+        gradient = gradients[self.place]
+        if gradient is not None:
+            root = GradientEdge(torch._C._current_autograd_node(), self.place)
+            self.capture.reached(self.here, self.number, root, gradient)
+
+
+@dataclass(eq=False)
+class ReachedBehind:
+    """A hook on the node that made what an output was made of; it holds no node either."""
+
+    capture: Listener
+    here: Pass
+    number: int
+    place: int
+
+    def __call__(self, gradients: tuple[Tensor | None, ...]) -> None:
+        if gradients[self.place] is not None:
+            self.capture.reached_behind(self.here, self.number)
+
+
+@dataclass(eq=False)
+class Overheard:
+    """A hook on a product that the user's backward pass is about to go through."""
+
+    capture: Listener
+    delivery: Delivery
+    product: Expected
+
+    def __call__(self, gradients: tuple[Tensor | None, ...]) -> None:
+        if gradients[0] is not None:
+            self.capture.overheard(self.delivery, self.product, gradients[0])
+
+
+def parts_of(model: nn.Module, blocks: Mapping[str, Observer]) -> dict[nn.Module, str]:
+    """The modules inside of a model that have layers in them, and their names."""
+    layers = {p for block in blocks.values() for p in block.layer.parameters}
+    lists = [m for m in model.modules() if isinstance(m, ParametrizationList)]
+    own = {each for m in lists for each in m.modules()}
+    return {
+        module: name
+        for name, module in model.named_modules()
+        if module is not model
+        and module not in own
+        and not isinstance(module, torch.jit.ScriptModule)
+        and not layers.isdisjoint(module.parameters())
+    }

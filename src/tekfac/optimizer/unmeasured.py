@@ -1,0 +1,94 @@
+"""Layers that have gradients and no curvature: what is said of them, and to whom."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Set
+
+from torch import nn
+
+from tekfac.capture.capture import Capture
+from tekfac.capture.graph import REENTRANT, multiplies
+from tekfac.checks import first_few
+from tekfac.curvature.blocks import Block
+from tekfac.optimizer.events import Events
+from tekfac.ranks.ranks import Ranks
+
+Blocks = Mapping[str, Block]
+
+
+def check_measured(
+    capture: Capture,
+    blocks: Blocks,
+    troubled: Set[str],
+    events: Events,
+    model: nn.Module,
+    method: str,
+) -> None:
+    """Raise or warn if layers have gradients but no curvature, and no known trouble.
+
+    Args:
+        capture: what was seen.
+        blocks: all.
+        troubled: names of those whose batch is known to be unusable.
+        events: where it is said once.
+        model: what the optimizer was given.
+        method: the optimizer's name.
+
+    Raises:
+        RuntimeError: if no layer could be measured, and the way out is known.
+    """
+    if lost := [*map(repr, capture.lost())]:
+        events.warn(
+            "unseen",
+            f"the curvature of layers {first_few(lost)} stays as it was: they get gradients, "
+            "but the last steps that were to measure it have not seen them behind the model's "
+            "output (is the model itself called, and its gradient not put there by hand?)",
+        )
+    missing = [
+        block.name
+        for block in blocks.values()
+        if block.empty
+        and not (block.silent or block.waiting)
+        and block.name not in troubled
+        and block.name not in capture.reached_layers
+        # A matrix that nobody multiplies (a table, positions) is no layer.
+        and multiplies(capture.strange.get(block.name, "mm"))
+        and any(p.grad is not None for p in block.layer.parameters)
+    ]
+    if not missing:
+        return
+    if capture.reentrant:
+        raise RuntimeError(REENTRANT)
+    if capture.problem is not None:
+        raise RuntimeError(f"no statistics could be taken: {capture.problem}") from capture.problem
+    if capture.passes == 0 and len(missing) == len(blocks):
+        raise RuntimeError(
+            "step() found gradients, but no statistics could be taken: call the model itself "
+            f"({type(model).__name__}.__call__, the module given to {method}) "
+            "or modules in it, and backward() of a loss that is made of what they return"
+        )
+    kinds = {capture.strange[name] for name in missing if name in capture.strange}
+    events.warn(
+        "missing",
+        f"no curvature of layers {first_few([*map(repr, missing)])}: they have gradients, but "
+        + (
+            f"their weights are used by {', '.join(sorted(kinds))}, which is no product known here"
+            if kinds
+            else "no product with their weights was found behind the model's output in the "
+            "backward pass (did the loss take another way than the output? output= may give "
+            "several tensors)"
+        )
+        + "; the first-order rule trains them",
+    )
+
+
+def note_unused(capture: Capture, blocks: Blocks, ranks: Ranks) -> None:
+    """Don't look out in every step for layers that a backward pass, seen whole, came not by."""
+    new = [block for block in blocks.values() if block.listening and block.factors.empty]
+    if not new:
+        return
+    reached = capture.reached_layers
+    said = [int(bool(reached)), *(int(block.name in reached) for block in new)]
+    anything, *seen = ranks.highest(said)
+    for block, here in zip(new, seen, strict=True):
+        block.silent |= bool(anything and not here)
