@@ -34,6 +34,7 @@ from tekfac.capture.graph import (
     measuring,
     own_pass,
     read_inputs,
+    read_scales,
     search,
     source_of,
 )
@@ -100,6 +101,7 @@ class Capture:
         called: bool = False,
     ) -> None:
         self.owner, self.candidates = assignment.owner, assignment.candidates
+        self._made_weights = assignment.made
         self.blocks, self.fisher = blocks, fisher
         self.likelihoods, self.outputs, self.mean_over = likelihoods, outputs, mean_over
         self.passes = 0
@@ -368,7 +370,7 @@ class Capture:
         if closed or measuring() or number in here.done or self._is_part(here, number):
             return
         layers = {name: block.layer for name, block in self.blocks.items()}
-        found = search(root.node, self.owner, layers)
+        found = search(root.node, self.owner, layers, self._made_weights)
         self.reentrant |= found.reentrant
         self.compiled |= found.compiled
         for name, kind in found.strange.items():
@@ -485,6 +487,7 @@ class Capture:
         if used is not None and isinstance(self.fisher, ExactFisher):
             self._reach(root, grouping.restore(used.to(dtype).expand_as(output)), wanted)
         read_inputs(wanted)
+        read_scales(wanted)
         for use in wanted:
             x = use.reading.input
             if x is not None and not use.reading.swapped:

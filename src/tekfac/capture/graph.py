@@ -14,7 +14,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from tekfac.layers import Layer, LinearLayer, Product, View, product_of
-from tekfac.layers.uses import ACCUMULATE, FLATTENS, SAME, SPLITS, TURNS
+from tekfac.layers.uses import ACCUMULATE, FLATTENS, SAME, SPLITS, TURNS, multiplies
 
 # Backward passes of our own, now running in this process: hooks that they reach, of any optimizer,
 # are not to take them for the user's. Not thread-local: autograd runs hooks in its own threads.
@@ -76,6 +76,8 @@ class Reading:
         view: what it sees of the weight; None if that is not trained.
         transposed: whether it is a transposed convolution.
         input: what was multiplied, once `read_inputs` has been there.
+        scale: where a function of the weight was multiplied, what a row of the weight's gradient is
+            longer by, ``(d_out,)``, once `read_scales` has been there.
     """
 
     name: str
@@ -84,6 +86,7 @@ class Reading:
     view: View | None
     transposed: bool
     input: Tensor | None = None
+    scale: Tensor | None = None
 
     @property
     def swapped(self) -> bool:
@@ -92,6 +95,12 @@ class Reading:
             return self.transposed
         # To the right of the rows there is Wᵀ: an unturned parameter is that.
         return (self.view.turned != self.product.right) != self.layer.transposed
+
+    @property
+    def plain(self) -> bool:
+        """Whether the parameter's first dimension is the output's."""
+        turned = isinstance(self.layer, LinearLayer) and self.layer.transposed
+        return not (self.swapped or turned)
 
     def output_rows(self, gradient: Tensor) -> Tensor:
         """The product's output gradient, one row (or image) after the other."""
@@ -104,6 +113,9 @@ class Reading:
             whole = gradient.new_zeros(*gradient.shape[:-1], len(self.view.parameter))
             whole[..., self.view.first : self.view.first + self.view.rows] = gradient
             gradient = whole
+        if self.scale is not None:
+            axes = gradient.dim() - 2 if self.product.geometry is not None else 0
+            gradient = gradient * self.scale.to(gradient.dtype).reshape(-1, *[1] * axes)
         return gradient if self.product.geometry is not None else gradient.flatten(0, -2)
 
     def input_rows(self) -> Tensor | None:
@@ -182,13 +194,19 @@ def _runs(accumulator: Any) -> bool:
         return False
 
 
-def search(root: Node, owner: Mapping[nn.Parameter, str], layers: Mapping[str, Layer]) -> Found:
+def search(
+    root: Node,
+    owner: Mapping[nn.Parameter, str],
+    layers: Mapping[str, Layer],
+    made: Collection[nn.Parameter] = (),
+) -> Found:
     """Look for products with layers' weights in all of the graph behind a node.
 
     Args:
         root: where to begin.
         owner: the layer that each parameter belongs to.
         layers: those to look for, by name.
+        made: weights in whose place a function of them may be multiplied.
     """
     seen = {root}
     found = Found(seen)
@@ -201,9 +219,11 @@ def search(root: Node, owner: Mapping[nn.Parameter, str], layers: Mapping[str, L
     # Which nodes take a parameter, and which of them are known to be on the way to a product.
     takers: dict[nn.Parameter, set[Node]] = {}
     explained: dict[nn.Parameter, set[Node]] = {}
+    # What is multiplied on the way from a parameter to a function of it is no layer's product.
+    inner: set[Node] = set()
 
     def explain(view: View, node: Node) -> None:
-        explained.setdefault(view.parameter, set()).add(view.last or node)
+        explained.setdefault(view.parameter, set()).update(view.takers or {node})
 
     while open_nodes:
         node: Any = open_nodes.pop()
@@ -214,12 +234,13 @@ def search(root: Node, owner: Mapping[nn.Parameter, str], layers: Mapping[str, L
             found.compiled = True
         edges = node.next_functions
         consumer = consumers.get(node, "") if kind in FORMS else kind
-        for use, bias in _uses(node, owner, layers):
+        for use, bias in _uses(node, owner, layers, made):
             use.lead = leads.get(node, use.lead)
             found.uses.append(use)
             products[node] = use.name
             if use.reading.view is not None:
                 explain(use.reading.view, node)
+                inner |= use.reading.view.inner
                 # What else comes here is this layer's input, no weight of another layer's.
                 consumer = ""
             if bias is not None:
@@ -247,6 +268,7 @@ def search(root: Node, owner: Mapping[nn.Parameter, str], layers: Mapping[str, L
             consumers.setdefault(child, consumer)
             if kind in VIEWS:
                 leads.setdefault(child, shape[:-1])
+    found.uses = [use for use in found.uses if use.node not in inner]
     for node, view, product in added:
         name = owner.get(view.parameter)
         if name is not None and products.get(product) == name:
@@ -268,15 +290,13 @@ def search(root: Node, owner: Mapping[nn.Parameter, str], layers: Mapping[str, L
     return found
 
 
-def multiplies(kind: str) -> bool:
-    """Whether a node of this name is a product of matrices, known or not."""
-    return any(part in kind for part in ("mm", "Mm", "Mv", "mv", "Convolution", "Linear", "Rnn"))
-
-
 def _uses(
-    node: Node, owner: Mapping[nn.Parameter, str], layers: Mapping[str, Layer]
+    node: Node,
+    owner: Mapping[nn.Parameter, str],
+    layers: Mapping[str, Layer],
+    made: Collection[nn.Parameter],
 ) -> Iterator[tuple[Use, View | None]]:
-    for product, weight, bias in product_of(node):
+    for product, weight, bias in product_of(node, made):
         known = weight or bias
         assert known is not None
         name = owner.get(known.parameter)
@@ -291,6 +311,8 @@ def _uses(
         if product.geometry is not None:
             lead = shape[:1]
         reading = Reading(name, layer, product, weight, product.transposed(node))
+        if weight is not None and weight.made is not None and not reading.plain:
+            continue
         yield Use(reading, node, lead), bias
 
 
@@ -312,6 +334,39 @@ def read_inputs(uses: Collection[Use]) -> None:
         end = start * 1
         end.register_hook(read)
         torch.autograd.grad(end, start)
+
+
+def read_scales(uses: Collection[Use]) -> None:
+    """Find out how much longer a row's gradient is by a weight than by the function made of it.
+
+    By the gradient of a random vector, the same in every run: what a function does to single
+    directions (a standardised row has no mean) is left out.
+    """
+    made = {
+        use.reading.view.parameter: use.reading.view
+        for use in uses
+        if use.reading.view is not None and use.reading.view.made is not None
+    }
+    if not made:
+        return
+    # A seed that no weight was drawn with.
+    generator = torch.Generator().manual_seed(20111360900)
+    edges, probes = [], []
+    for p, view in made.items():
+        assert view.made is not None
+        edges.append(GradientEdge(*view.made))
+        metadata = view.made[0]._input_metadata[view.made[1]]
+        probe = torch.randn(p.shape, generator=generator)
+        probes.append(probe.to(metadata.device, metadata.dtype))
+    with own_pass():
+        found = torch.autograd.grad(edges, list(made), probes, retain_graph=True)
+    scales = {
+        p: (gradient.flatten(1).norm(dim=1) / probe.flatten(1).norm(dim=1).to(gradient)).detach()
+        for p, gradient, probe in zip(made, found, probes, strict=True)
+    }
+    for use in uses:
+        if use.reading.view is not None and use.reading.view.made is not None:
+            use.reading.scale = scales[use.reading.view.parameter]
 
 
 def go_through(

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrize import ParametrizationList
@@ -57,11 +59,13 @@ class Assignment:
         candidates: by name: the module's, or the parameter's where a module has several.
         owner: the name in ``candidates`` for each parameter of one.
         reasons: for every other parameter of the model, why the first-order rule trains it.
+        made: weights in whose place a function of them may be multiplied: normalised, for example.
     """
 
     candidates: dict[str, Candidate] = field(default_factory=dict)
     owner: dict[nn.Parameter, str] = field(default_factory=dict)
     reasons: dict[nn.Parameter, str] = field(default_factory=dict)
+    made: set[nn.Parameter] = field(default_factory=set)
 
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -69,6 +73,9 @@ TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 # The bias that goes with a weight, by the weight's name in its module.
 BIASES = {"weight": "bias", "in_proj_weight": "in_proj_bias"}
+
+# As what `torch.nn.utils` keeps the weight that a hook makes one of in each call.
+HOOKED = {"weight_v", "weight_orig"}
 
 
 def candidates_of(module: nn.Module) -> dict[str, Candidate]:
@@ -79,9 +86,11 @@ def candidates_of(module: nn.Module) -> dict[str, Candidate]:
     found: dict[str, Candidate] = {}
     if isinstance(module, ParametrizationList):
         return found  # what is multiplied is made of its parameters
-    for key, weight in module._parameters.items():
+    for key, weight in {**module._parameters, **_originals(module)}.items():
         if weight is None or not weight.is_floating_point():
             continue
+        if key in HOOKED and "weight" not in module._parameters:
+            key = "weight"
         bias = module._parameters.get(BIASES.get(key, _rnn_bias(key)))
         if isinstance(module, CONVOLUTIONS) and key == "weight":
             found[key] = Candidate(
@@ -97,6 +106,26 @@ def candidates_of(module: nn.Module) -> dict[str, Candidate]:
                 bias = None
             found[key] = Candidate(module, key, weight, bias, _linear(weight, bias))
     return found
+
+
+def _originals(module: nn.Module) -> dict[str, nn.Parameter]:
+    """What a module's parametrizations make its weights of, by the weights' names."""
+    lists: Any = getattr(module, "parametrizations", None)
+    if not isinstance(lists, nn.ModuleDict):
+        return {}
+    # Of a length and a direction (weight_norm), the latter.
+    return {
+        key: max(own, key=torch.Tensor.numel)
+        for key, each in lists.items()
+        if (own := list(each.parameters(recurse=False)))
+    }
+
+
+def _may_be_made(candidate: Candidate) -> bool:
+    """Whether a function of a weight may take its place, and is known to be nothing else then."""
+    module, weight = candidate.module, candidate.weight
+    usual = isinstance(module, (*CONVOLUTIONS, nn.Linear)) and candidate.key == "weight"
+    return usual or weight is not module._parameters.get(candidate.key)
 
 
 def _rnn_bias(key: str) -> str:
@@ -207,6 +236,8 @@ def assign(model: nn.Module, exclude: Sequence[str | type[nn.Module]]) -> Assign
                 continue
             label = name if key == "weight" else ".".join(part for part in (name, key) if part)
             result.candidates[label] = candidate
+            if _may_be_made(candidate):
+                result.made.add(candidate.weight)
             result.owner.update(dict.fromkeys(parameters, label))
     for module in names.values():
         for p in module._parameters.values():

@@ -9,7 +9,8 @@ A product that this file does not know is added by `register_product`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,25 +112,31 @@ class View:
         turned: whether its two dimensions have changed places.
         first: the first of its rows that the operand has.
         rows: how many; None for all.
-        last: the last node on the way to the parameter; None if there is none between.
+        takers: the nodes that take the parameter on the way to the operand; none if it is that.
+        made: where a function of the parameter is that takes its place (`made_of`), None for the
+            parameter itself.
+        inner: all nodes of that function.
     """
 
     parameter: nn.Parameter
     turned: bool = False
     first: int = 0
     rows: int | None = None
-    last: Any = None
+    takers: frozenset[Any] = frozenset()
+    made: tuple[Any, int] | None = None
+    inner: frozenset[Any] = frozenset()
 
     @classmethod
     def of(cls, edge: tuple[Any, int]) -> View | None:
         """The parameter behind an operand; None if there is none, or more than a view of one."""
         turned, first, rows, flat = False, 0, None, False
         node, number = edge
-        last = None
+        last: Any = None
         while node is not None:
             name = node.name()
             if name == ACCUMULATE:
-                return cls(node.variable, turned, first, rows, last)
+                takers = frozenset([] if last is None else [last])
+                return cls(node.variable, turned, first, rows, takers)
             if name in TURNS or name == "PermuteBackward0":
                 # From here on, rows are the parameter's columns.
                 if rows is not None or flat or not _turns(node):
@@ -149,11 +156,74 @@ class View:
             node, number = node.next_functions[0]
         return None
 
+    @classmethod
+    def made_of(cls, edge: tuple[Any, int], known: Collection[nn.Parameter]) -> View | None:
+        """A parameter that an operand is a function of, of the same shape: normalised, say.
+
+        There must be a way from the one to the other on which nothing is multiplied as a matrix:
+        what an orthogonal parametrization makes has little to do with its parameter's rows.
+
+        Args:
+            edge: the operand.
+            known: parameters that may be meant.
+        """
+        node, number = edge
+        turned = node is not None and node.name() in TURNS and _turns(node)
+        if turned:
+            node, number = node.next_functions[0]
+        inner = _function(node)
+        if inner is None:
+            return None
+        shape = tuple(node._input_metadata[number].shape)
+        taken: dict[nn.Parameter, set[Any]] = {}
+        for each in inner:
+            for child, _ in each.next_functions:
+                if child is not None and child.name() == ACCUMULATE:
+                    taken.setdefault(child.variable, set()).add(each)
+        reached = _reached(node, {each for each in inner if not multiplies(each.name())})
+        found = [
+            p
+            for p, nodes in taken.items()
+            if tuple(p.shape) == shape and p in known and not reached.isdisjoint(nodes)
+        ]
+        if len(found) != 1:
+            return None
+        own = frozenset(taken[found[0]])
+        return cls(found[0], turned, takers=own, made=(node, number), inner=frozenset(inner))
+
 
 ACCUMULATE = "torch::autograd::AccumulateGrad"
 SAME = {"ToCopyBackward0", "AliasBackward0", "CloneBackward0", "DetachBackward0"}
 TURNS = {"TBackward0", "NumpyTBackward0", "TransposeBackward0"}
 FLATTENS = {"ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "SqueezeBackward0"}
+
+# Nodes of a function that makes a weight; what has more is made of the model's input.
+FUNCTION = 64
+
+
+def _function(node: Any) -> set[Any] | None:
+    """All nodes behind one, parameters left out; None if these are many."""
+    seen = _reached(node, None)
+    return None if not seen or len(seen) > FUNCTION else seen
+
+
+def _reached(node: Any, among: set[Any] | None) -> set[Any]:
+    """The nodes behind one, with it, on ways through some only; of too many only the first."""
+    seen: set[Any] = set()
+    open_nodes = deque([node])
+    while open_nodes and len(seen) <= FUNCTION:
+        node = open_nodes.popleft()
+        if node is None or node in seen or node.name() == ACCUMULATE:
+            continue
+        if among is None or node in among:
+            seen.add(node)
+            open_nodes.extend(child for child, _ in node.next_functions)
+    return seen
+
+
+def multiplies(kind: str) -> bool:
+    """Whether a node of this name is a product of matrices, known or not."""
+    return any(part in kind for part in ("mm", "Mm", "Mv", "mv", "Convolution", "Linear", "Rnn"))
 
 
 def _sizes(node: Any) -> tuple[int, ...]:
@@ -189,12 +259,18 @@ SPLITS: dict[str, Callable[[Any, int], tuple[int, int | None]]] = {
 }
 
 
-def product_of(node: Node) -> tuple[tuple[Product, View | None, View | None], ...]:
+def product_of(
+    node: Node, made: Collection[nn.Parameter] = ()
+) -> tuple[tuple[Product, View | None, View | None], ...]:
     """The products that a node may be: each with its weight and bias, where these are parameters.
 
     The bias of a frozen weight counts too: then there is no view of the weight.
+
+    Args:
+        node: the node.
+        made: parameters in whose place a function of them may be multiplied.
     """
-    found = []
+    found: list[tuple[Product, View | None, View | None]] = []
     edges = node.next_functions
     for product in PRODUCTS.get(node.name(), ()):
         weight = View.of(edges[product.weight])
@@ -202,4 +278,9 @@ def product_of(node: Node) -> tuple[tuple[Product, View | None, View | None], ..
         frozen = edges[product.weight][0] is None
         if weight is not None or (bias is not None and frozen):
             found.append((product, weight, bias))
+    if not found and made:
+        for product in PRODUCTS.get(node.name(), ()):
+            if not product.left and (view := View.made_of(edges[product.weight], made)):
+                # Of the bias the gradient is not scaled as that of the weight is.
+                found.append((product, view, None))
     return tuple(found)

@@ -220,5 +220,5 @@ def treatment_of(
     if not trained:
         return "not trained: " + ("in no group" if p.requires_grad else "frozen")
     if owner is not None:
-        return f"first order: not added to what layer {owner!r} makes itself"
+        return f"first order: not added to what the weight of layer {owner!r} itself makes"
     return f"first order: {reason}"

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Set
 from torch import nn
 
 from tekfac.capture.capture import Capture
-from tekfac.capture.graph import REENTRANT, multiplies
+from tekfac.capture.graph import REENTRANT
 from tekfac.checks import first_few
 from tekfac.curvature.blocks import Block
+from tekfac.layers.uses import multiplies
 from tekfac.optimizer.events import Events
 from tekfac.ranks.ranks import Ranks
 
