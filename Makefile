@@ -3,8 +3,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-# The tests' tensors are tiny: threads would only wait for one another.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+# The tests' tensors are tiny: threads would only wait for one another. So each core has tests of
+# its own, up to eight, which take about a gigabyte each.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal
 
 .PHONY: setup demo test test-all lint api docs build gpu
 
