@@ -307,7 +307,7 @@ def _uses(
             continue
         metadata: Any = node
         shape = tuple(metadata._input_metadata[0].shape)
-        lead = shape[-1:] if product.left and len(shape) > 1 else shape[:-1] or (1,)
+        lead = (*shape[:-2], *shape[-1:]) if product.left and len(shape) > 1 else shape[:-1] or (1,)
         if product.geometry is not None:
             lead = shape[:1]
         reading = Reading(name, layer, product, weight, product.transposed(node))

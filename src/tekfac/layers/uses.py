@@ -76,6 +76,15 @@ PRODUCTS: dict[str, tuple[Product, ...]] = {
         Product(1, None, lambda node: node._saved_self, right=True),
         Product(0, None, lambda node: node._saved_mat2, left=True),
     ),
+    # One matrix for the whole batch of them, as `torch.einsum` multiplies.
+    "BmmBackward0": (
+        Product(1, None, lambda node: node._saved_self, right=True),
+        Product(0, None, lambda node: node._saved_mat2, left=True),
+    ),
+    "BaddbmmBackward0": (
+        Product(2, None, lambda node: node._saved_batch1, right=True),
+        Product(1, None, lambda node: node._saved_batch2, left=True),
+    ),
     "AddmvBackward0": (Product(1, 0, lambda node: node._saved_vec, left=True),),
     "MvBackward0": (Product(0, None, lambda node: node._saved_vec, left=True),),
     "EmbeddingBackward0": (Product(0, None, _one_hot, right=True),),
@@ -157,6 +166,38 @@ class View:
         return None
 
     @classmethod
+    def of_matrix(cls, edge: tuple[Any, int]) -> View | None:
+        """The parameter behind an operand that is a matrix, or a batch of one and the same.
+
+        Whatever views lie between: they are seen again, of a tensor without numbers.
+        """
+        node: Any = edge[0]
+        path: list[Any] = []
+        while node is not None and node.name() in RESHAPES:
+            path.append(node)
+            node = node.next_functions[0][0]
+        if not path or node is None or node.name() != ACCUMULATE:
+            return None
+        p = node.variable
+        seen = torch.empty(p.shape, device="meta")
+        try:
+            for each in reversed(path):
+                seen = RESHAPES[each.name()](each, seen)
+        except RuntimeError:  # a copy in another order
+            return None
+        if p.dim() != 2 or seen.dim() not in (2, 3):
+            return None
+        if seen.dim() == 3:
+            if len(seen) > 1 and seen.stride(0) != 0:
+                return None
+            seen = seen[0]
+        for turned, like in ((False, seen.new_empty(p.shape)), (True, seen.new_empty(p.shape).mT)):
+            steps = zip(seen.shape, seen.stride(), like.stride(), strict=True)
+            if seen.shape == like.shape and all(n == 1 or a == b for n, a, b in steps):
+                return cls(p, turned, takers=frozenset(path[-1:]))
+        return None
+
+    @classmethod
     def made_of(cls, edge: tuple[Any, int], known: Collection[nn.Parameter]) -> View | None:
         """A parameter that an operand is a function of, of the same shape: normalised, say.
 
@@ -196,6 +237,31 @@ ACCUMULATE = "torch::autograd::AccumulateGrad"
 SAME = {"ToCopyBackward0", "AliasBackward0", "CloneBackward0", "DetachBackward0"}
 TURNS = {"TBackward0", "NumpyTBackward0", "TransposeBackward0"}
 FLATTENS = {"ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "SqueezeBackward0"}
+
+
+def _as_its_result(node: Any, tensor: Tensor) -> Tensor:
+    return tensor.view(tuple(node._input_metadata[0].shape))
+
+
+# Nodes that show a tensor in another form, and how.
+RESHAPES: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    **dict.fromkeys(SAME, lambda node, tensor: tensor),
+    **dict.fromkeys(FLATTENS, _as_its_result),
+    "UnsqueezeBackward0": _as_its_result,
+    "TBackward0": lambda node, tensor: tensor.mT,
+    "NumpyTBackward0": lambda node, tensor: tensor.permute(*range(tensor.dim())[::-1]),
+    "TransposeBackward0": lambda node, tensor: tensor.transpose(
+        _axis(node._saved_dim0), _axis(node._saved_dim1)
+    ),
+    "PermuteBackward0": lambda node, tensor: tensor.permute(*map(_axis, node._saved_dims)),
+    "ExpandBackward0": lambda node, tensor: tensor.expand(tuple(node._input_metadata[0].shape)),
+}
+
+
+def _axis(saved: int) -> int:
+    """An axis; autograd keeps one that is counted from the end as an unsigned number."""
+    return saved - 2**64 if saved >= 2**63 else saved
+
 
 # Nodes of a function that makes a weight; what has more is made of the model's input.
 FUNCTION = 64
@@ -274,6 +340,8 @@ def product_of(
     edges = node.next_functions
     for product in PRODUCTS.get(node.name(), ()):
         weight = View.of(edges[product.weight])
+        if weight is None and product.geometry is None:
+            weight = View.of_matrix(edges[product.weight])
         bias = None if product.bias is None else View.of(edges[product.bias])
         frozen = edges[product.weight][0] is None
         if weight is not None or (bias is not None and frozen):
