@@ -544,6 +544,10 @@ def test_close_leaves_no_trace_in_the_model() -> None:
     assert b"tekfac" not in pickle.dumps(copy.deepcopy(model))
 
 
+@pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7),
+    reason="torch 2.6 exports no model with hooks: close() the optimizer first",
+)
 def test_a_model_in_training_is_exported() -> None:
     model, x = network(), BATCHES[0][0]
     optimizer = build("TEKFAC", model)
