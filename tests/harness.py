@@ -18,6 +18,8 @@ import tekfac
 # For matrices this small a second thread costs more than it gives.
 torch.set_num_threads(1)
 
+TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
+
 METHODS = ["KFAC", "EKFAC", "TKFAC", "TEKFAC"]
 RESCALED = ["EKFAC", "TEKFAC"]
 TRACED = ["TKFAC", "TEKFAC"]

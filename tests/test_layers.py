@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
 
 import reference
 import tekfac
@@ -449,20 +448,6 @@ def test_two_layers_of_one_weight() -> None:
     optimizer = trained(model.double(), *batch("mlp", 6))
     assert set(optimizer.blocks) == {"0", "4"}
     assert first_order(optimizer) == {"2.bias"}
-
-
-def test_parametrized_layers() -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        parametrizations.weight_norm(nn.Linear(5, 4)),
-        nn.Tanh(),
-        parametrizations.spectral_norm(nn.Linear(4, 4)),
-        nn.Tanh(),
-        nn.Linear(4, 3),
-    ).double()
-    optimizer = trained(model, *batch("mlp", 6))
-    assert set(optimizer.blocks) == {"4"}
-    assert {name.split(".")[0] for name in first_order(optimizer)} == {"0", "2"}
 
 
 def test_norms_embeddings_and_free_parameters() -> None:

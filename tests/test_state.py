@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import tekfac
-from harness import METHODS, RESCALED, TRACED
+from harness import METHODS, RESCALED, TORCH, TRACED
 
 # The rescaling and the basis are each refreshed at steps where nothing else is due: 3 and 9, 5.
 INTERVALS = {"factor_every": 2, "basis_every": 5}
@@ -545,7 +545,7 @@ def test_close_leaves_no_trace_in_the_model() -> None:
 
 
 @pytest.mark.skipif(
-    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7),
+    TORCH < (2, 7),
     reason="torch 2.6 exports no model with hooks: close() the optimizer first",
 )
 def test_a_model_in_training_is_exported() -> None:
