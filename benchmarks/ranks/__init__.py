@@ -1,0 +1,1 @@
+"""What training with several ranks takes: counted, modelled, and on two processes measured."""
