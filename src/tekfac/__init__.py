@@ -8,6 +8,7 @@ and the training loop stays as it is.
 from tekfac.capture.graph import measuring
 from tekfac.capture.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from tekfac.curvature.damping import (
+    AdaptiveDamping,
     DampingRule,
     FactoredDamping,
     MeanDamping,
@@ -29,6 +30,7 @@ __all__ = [
     "TEKFAC",
     "TKFAC",
     "Adam",
+    "AdaptiveDamping",
     "Bernoulli",
     "Categorical",
     "DampingRule",

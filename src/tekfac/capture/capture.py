@@ -210,6 +210,8 @@ class Capture:
         )
 
     def _before_model(self, module: nn.Module, args: Any) -> None:
+        if measuring():  # the optimizer's own, of which nothing is to be learnt
+            return
         if torch.is_grad_enabled():
             self.called = True
             self._leave_parts()
@@ -230,7 +232,7 @@ class Capture:
 
     def _before_part(self, module: nn.Module, args: Any) -> None:
         # What activation checkpointing runs again in the backward pass is no call of the user's.
-        if self._outermost is None and torch._C._current_graph_task_id() == -1:
+        if self._outermost is None and torch._C._current_graph_task_id() == -1 and not measuring():
             self._outermost = module
             self._before()
 

@@ -46,17 +46,17 @@ REENTRANT = (
 
 
 def measuring() -> bool:
-    """Whether a backward pass of an optimizer of this package is running, with its own labels.
+    """Whether a pass of an optimizer of this package is running: backward, with its own labels.
 
-    Hooks of yours on modules and tensors run in it too; this tells it from your own
-    ``loss.backward()``.
+    Or forward, where `AdaptiveDamping` evaluates the loss again. Hooks of yours on modules and
+    tensors run in it too; this tells it from your own ``loss.backward()``.
     """
     return _own_passes > 0
 
 
 @contextmanager
 def own_pass() -> Iterator[None]:
-    """While this is entered, backward passes are ours."""
+    """While this is entered, passes are ours."""
     global _own_passes
     _own_passes += 1
     try:

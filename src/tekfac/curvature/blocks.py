@@ -164,6 +164,11 @@ class Block(ABC):
         matrix = basis.apply(self._eigenvalues(), self._matrix(vector))
         return self.layer.to_vector(matrix).reshape(vector.shape)
 
+    def curvature_along(self, matrix: Tensor) -> Tensor:
+        """``δᵀ F_l δ`` of a ``(G, d_out, d_in)`` step, 0-dimensional; F_l is without β."""
+        basis = self._own_basis()
+        return (matrix * basis.apply(self._eigenvalues(), matrix)).sum() / self.fc_scale
+
     def inverse_matvec(self, vector: Tensor) -> Tensor:
         """``(F̂ + λ I)^(−power) v``, what `precondition` does, in the shape of ``vector``.
 

@@ -1,19 +1,22 @@
 """How much of the identity is added to a curvature block before it is inverted.
 
-A rule is a class in this file, or anywhere: a `DampingRule` with one number and a λ.
+A rule is a class in this file, or anywhere: a `DampingRule` with its numbers and a λ.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import ClassVar
+from dataclasses import asdict, dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from tekfac.checks import check_positive
+from tekfac.checks import check_count, check_positive
+
+# Reduction ratios below and above which adaptive damping rises and falls.
+LOWER, UPPER = 1 / 4, 3 / 4
 
 
 @dataclass(frozen=True)
@@ -34,10 +37,10 @@ class Measured:
 
 
 class DampingRule(ABC):
-    """A damping λ of each layer's own: a frozen dataclass with one number as its only field.
+    """A damping λ of each layer's own: a frozen dataclass whose fields are numbers.
 
-    A state holds a rule by its class's name and that number, so that a rule of your own loads
-    wherever its class has been imported.
+    A state holds a rule by its class's name and these, so that a rule of your own loads wherever
+    its class has been imported.
     """
 
     rules: ClassVar[dict[str, type[DampingRule]]] = {}
@@ -82,6 +85,77 @@ class MeanDamping(DampingRule):
         # Of a layer without any curvature, nothing is to be said: finite, and small.
         smallest = torch.finfo(block.dtype).eps ** 2
         return (self.ratio / block.dim * block.trace()).clamp_min(smallest)
+
+
+@dataclass(frozen=True)
+class AdaptiveDamping(MeanDamping):
+    """`MeanDamping` whose ratio follows from how well the curvature predicts the loss.
+
+    Every ``every`` steps the loss of the step's own batch is evaluated once more, after the step
+    ``δ``, and its change compared with what the curvature that the optimizer holds predicts::
+
+        ρ = (h(θ + δ) − h(θ)) / (∇hᵀδ + ½ δᵀ F̂ δ)
+
+    Above 3/4 the ratio is multiplied by ``decay^every``, below 1/4 divided by it: the
+    Levenberg–Marquardt rule as K-FAC has it (Martens and Grosse, 2015, 6.5), with one factor for
+    all layers. ``ρ`` is `NaturalGradient.reduction_ratio`, and the ratio in force
+    ``optimizer.param_groups[0]["damping"].ratio``; both are part of the optimizer's state.
+
+    It needs ``optimizer.step(closure)``. The closure is called a second time in every ``every``-th
+    step, which costs a forward pass: with gradients off and the same random numbers from torch's
+    generators, ``loss.backward()`` doing nothing, and ``.grad``, buffers (such as running
+    statistics) and generators left as they were. It must give the batch's whole loss, of which
+    ``.grad`` is the gradient (not clipped), as a mean of ``-log p`` like the Fisher matrix: of
+    squared errors half the mean, or else ``likelihood=tekfac.Gaussian(variance=0.5)``. Of several
+    ranks the mean loss counts. Under `GradScaler` there is no closure, and so not this rule.
+
+    Where it can say something: large batches, or full ones, whose loss is not noise, and steps as
+    long as the curvature would have them, ``lr`` near 1 without momentum and ``rms_clip``. A short
+    step (the defaults' are) changes the loss by ``∇hᵀδ``, ``ρ`` is 1 whatever the damping, and the
+    ratio falls to ``minimum``. F̂ is the blocks' matrix: what layers do together, and what the
+    first-order rule's parameters do beyond ``∇hᵀδ``, it does not predict. λ is no part of the
+    prediction, since the loss has none, nor is weight decay.
+
+    Args:
+        ratio: of the mean eigenvalue, positive; the first one, which changes.
+        every: steps between comparisons. 5 is the source's.
+        decay: ω, above 0 and below 1, by which the ratio changes for each step. 19/20 is the
+            source's.
+        minimum, maximum: what the ratio stays between.
+
+    Raises:
+        ValueError: for a number out of its range.
+    """
+
+    every: int = 5
+    decay: float = 0.95
+    minimum: float = 1e-3
+    maximum: float = 1e3
+
+    def __post_init__(self) -> None:
+        for name in ("ratio", "minimum", "maximum"):
+            check_positive(f"AdaptiveDamping's {name}", getattr(self, name))
+        check_count("AdaptiveDamping's every", self.every)
+        if not 0 < self.decay < 1:
+            raise ValueError(
+                f"AdaptiveDamping's decay must be above 0 and below 1, got {self.decay!r}"
+            )
+        if not self.minimum <= self.ratio <= self.maximum:
+            raise ValueError(
+                f"AdaptiveDamping's ratio must be between minimum={self.minimum!r} and "
+                f"maximum={self.maximum!r}, got {self.ratio!r}"
+            )
+
+    def after(self, reduction: float) -> AdaptiveDamping:
+        """The rule that follows a step with this ``ρ``; the same where that is nan."""
+        factor = self.decay**self.every
+        if reduction > UPPER:
+            ratio = max(self.minimum, self.ratio * factor)
+        elif reduction < LOWER:
+            ratio = min(self.maximum, self.ratio / factor)
+        else:
+            return self
+        return replace(self, ratio=ratio)
 
 
 @dataclass(frozen=True)
@@ -178,14 +252,15 @@ def damping_of(damping: Damping, block: Measured) -> Tensor | float:
     return max(damping, torch.finfo(block.dtype).tiny)
 
 
-def packed_damping(rule: Damping) -> float | dict[str, float]:
-    """The rule as a ``state_dict`` holds it: a number, by its rule's name if it has one."""
-    if isinstance(rule, DampingRule):
-        return {type(rule).__name__: next(iter(asdict(rule).values()))}  # type: ignore[call-overload]
-    return rule
+def packed_damping(rule: Damping) -> float | dict[str, Any]:
+    """The rule as a ``state_dict`` holds it: its numbers, by its name if it has one."""
+    if not isinstance(rule, DampingRule):
+        return rule
+    fields = asdict(rule)  # type: ignore[call-overload]
+    return {type(rule).__name__: fields if len(fields) > 1 else next(iter(fields.values()))}
 
 
-def unpacked_damping(state: float | dict[str, float]) -> Damping:
+def unpacked_damping(state: float | dict[str, Any]) -> Damping:
     """The rule that `packed_damping` gave this.
 
     Raises:
@@ -193,13 +268,14 @@ def unpacked_damping(state: float | dict[str, float]) -> Damping:
     """
     if not isinstance(state, dict):
         return state
-    [(name, number)] = state.items()
+    [(name, numbers)] = state.items()
     if name not in DampingRule.rules:
         raise ValueError(
             f"this state has a damping rule {name!r}, which is not known here: import the module "
             "that defines it before loading"
         )
-    return DampingRule.rules[name](number)  # type: ignore[call-arg]
+    rule: Callable[..., DampingRule] = DampingRule.rules[name]
+    return rule(**numbers) if isinstance(numbers, dict) else rule(numbers)
 
 
 def check_damping(rule: object, *, trace_damping: bool, method: str) -> None:
@@ -217,7 +293,7 @@ def check_damping(rule: object, *, trace_damping: bool, method: str) -> None:
             )
         return
     if isinstance(rule, bool) or not isinstance(rule, (int, float)):
-        kinds = "a positive float, tekfac.MeanDamping, "
+        kinds = "a positive float, tekfac.MeanDamping, tekfac.AdaptiveDamping, "
         kinds += "tekfac.TraceDamping, " if trace_damping else ""
         kinds += "tekfac.FactoredDamping or tekfac.RelativeDamping"
         raise TypeError(f"damping must be {kinds}, got {type(rule).__name__}: {rule!r}")

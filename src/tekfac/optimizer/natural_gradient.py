@@ -35,6 +35,7 @@ from tekfac.optimizer.groups import check_group, completed, listed, rule_of
 from tekfac.optimizer.household import Household
 from tekfac.optimizer.summary import Summary, summarised
 from tekfac.optimizer.timetable import Intervals, Statistic, Timetable
+from tekfac.optimizer.trial import check_closure, trial_of
 from tekfac.optimizer.unmeasured import check_measured, note_unused
 from tekfac.optimizer.update import (
     Preconditioner,
@@ -78,9 +79,10 @@ class NaturalGradient(torch.optim.Optimizer):
             better on every task that we tried. False in the paper. Without momentum, no difference.
         weight_decay: decoupled, not negative.
         damping: λ, a positive float, the same for all layers, or a rule: `MeanDamping`, relative to
-            each layer's own curvature, `RelativeDamping`, which follows the size of each layer's
-            weights, `FactoredDamping`, which makes a difference to EKFAC and TEKFAC, or, of TKFAC
-            and TEKFAC, `TraceDamping`. The default needs no tuning: it has no unit. With a float,
+            each layer's own curvature, `AdaptiveDamping`, which is that and follows the loss,
+            `RelativeDamping`, which follows the size of each layer's weights, `FactoredDamping`,
+            which makes a difference to EKFAC and TEKFAC, or, of TKFAC and TEKFAC, `TraceDamping`.
+            The default needs no tuning: it has no unit. With a float,
             ``lr / damping`` is the step in directions without curvature.
         power: of the damped curvature that gradients are divided by, above 0 and at most 1. 1 is
             natural gradient, and the paper's. 1/2 divides each direction of the eigenbasis by the
@@ -168,6 +170,8 @@ class NaturalGradient(torch.optim.Optimizer):
 
     make_block: ClassVar[type[Block]]
     _called = False  # whether the model itself has been called in training
+    _cleared = False  # whether gradients were cleared since the closure was called
+    _reduction_ratio: float | None = None
     _settings: ClassVar[tuple[str, ...]] = (
         "factor_every",
         "basis_every",
@@ -343,6 +347,15 @@ class NaturalGradient(torch.optim.Optimizer):
         self._events.read()
         return dict(self._events.counts)
 
+    @property
+    def reduction_ratio(self) -> float | None:
+        """ρ of the last step that `AdaptiveDamping` compared, None before the first.
+
+        nan where nothing could be said: the curvature predicted no decrease of the loss, or one
+        too small to be seen in it. -inf where the loss was not finite after the step.
+        """
+        return self._reduction_ratio
+
     def treatment(self) -> dict[str, str]:
         """How each parameter of the model is trained, in words, by the parameter's name."""
         return {entry.name: entry.treatment for entry in self.summary().entries}
@@ -480,23 +493,29 @@ class NaturalGradient(torch.optim.Optimizer):
         """Take one step.
 
         Args:
-            closure: evaluates the model, calls ``backward`` and returns the loss; called once.
+            closure: clears the gradients, evaluates the model, calls ``backward`` and returns the
+                loss; called once, by `AdaptiveDamping` now and then twice.
 
         Returns:
             The closure's loss, None without one.
 
         Raises:
-            RuntimeError: on the first step if no statistics of any layer could be taken, and after
-                `close`.
+            RuntimeError: on the first step if no statistics of any layer could be taken, after
+                `close`, and under `AdaptiveDamping` without a closure that it can use.
         """
         loss = None
+        trial = trial_of(self.model, self.param_groups, self._timetable.step, closure)
         if closure is not None:
+            self._cleared = False
             with torch.enable_grad():
                 loss = closure()
+        if trial is not None:
+            trial.begin(loss, self._cleared)
         capture = self._open()
         if capture.passes == 0 and all(group["lr"] == 0 for group in self.param_groups):
             self._initialise()
             return loss
+        check_closure(self.param_groups, closure)
         self._household.check_alike(self._facts)
         capture.flush()
         for block in self._blocks.values():
@@ -522,6 +541,8 @@ class NaturalGradient(torch.optim.Optimizer):
         note_unused(capture, self._blocks, self._ranks)
         capture.discard()
         self._apply(wanted)
+        if trial is not None:
+            self._reduction_ratio = trial.end(self._blocks, self._household)
         self._timetable.advance(self._blocks.values())
         self._events.counts["steps"] += 1
         self._set_due()
@@ -559,6 +580,7 @@ class NaturalGradient(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, and forget statistics taken since the last step along with them."""
         super().zero_grad(set_to_none)
+        self._cleared = True
         self._discard()
         if self._capture is not None:
             self._capture.resume()
@@ -714,6 +736,7 @@ class NaturalGradient(torch.optim.Optimizer):
             "settings": {name: getattr(self, name) for name in self._settings},
             "counters": self.counters,
             "position": self._timetable.step,
+            "reduction_ratio": self._reduction_ratio,
             "schedule": self._timetable.state_dict(self._blocks.values()),
         }
         if isinstance(self.fisher, SampledFisher):
@@ -754,6 +777,7 @@ class NaturalGradient(torch.optim.Optimizer):
         for name, value in own["settings"].items():
             setattr(self, name, value)
         self._events.load(own["counters"])
+        self._reduction_ratio = own.get("reduction_ratio")  # not there in older states
         step = own.get("position", own["counters"]["steps"])  # not there in older states
         self._timetable.load(step, own.get("schedule"), self._blocks.values(), self._intervals())
         if isinstance(self.fisher, SampledFisher) and "generator" in own:

@@ -58,6 +58,10 @@ class Ranks:
         """The highest that any rank says, number by number."""
         return list(numbers)
 
+    def mean(self, numbers: Sequence[float]) -> list[float]:
+        """The mean of what all ranks say, number by number."""
+        return list(numbers)
+
     def everywhere(self, flag: Tensor | None) -> Tensor | None:
         """Whether a flag about gradients is set on all ranks; None counts as set."""
         return flag
@@ -147,6 +151,11 @@ class Group(Ranks):
         said = torch.tensor(numbers, dtype=torch.int64, device=self.device)
         dist.all_reduce(said, dist.ReduceOp.MAX, self.group)
         return [int(number) for number in said.tolist()]
+
+    def mean(self, numbers: Sequence[float]) -> list[float]:
+        said = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        dist.all_reduce(said, dist.ReduceOp.SUM, self.group)
+        return [number / self.count for number in said.tolist()]
 
     def everywhere(self, flag: Tensor | None) -> Tensor | None:
         if self.averaged:
