@@ -299,6 +299,39 @@ def test_a_batch_that_is_not_finite_changes_nothing(
         assert torch.equal(each, before[name]), name
 
 
+def adapted(where: torch.device) -> list[float]:
+    """Ratios that damping went by, and the last one that it came to."""
+    model = network("convolutional", where)
+    rule = tekfac.AdaptiveDamping(every=2)
+    optimizer = build("TEKFAC", model, fisher="exact", rms_clip=None, damping=rule)
+    ratios: list[float] = []
+    drawn: list[float] = []
+    for x, y in batches("convolutional", where, range(4)):
+
+        def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            drawn.append(torch.rand(1, device=where).item())
+            return loss
+
+        optimizer.step(closure)
+        ratios.append(optimizer.reduction_ratio)
+    if where.type != "twin":
+        # In every second step it is called twice, with the same random numbers.
+        assert drawn[1] == drawn[2]
+        assert len(set(drawn)) == 4
+    assert model[1].num_batches_tracked == 4
+    return [*ratios[1:], optimizer.param_groups[0]["damping"].ratio]
+
+
+def test_adaptive_damping(device: torch.device) -> None:
+    """The same comparisons as on the CPU; the device's generator and buffers are left alone."""
+    found = adapted(device)
+    assert found == pytest.approx(adapted(torch.device("cpu")), rel=1e-2)
+    assert found[-1] != 0.3
+
+
 def test_a_generator_on_the_device(device: torch.device, no_waiting: NoWaiting) -> None:
     if device.type == "twin":
         pytest.skip("there is no generator on a device that is not there")

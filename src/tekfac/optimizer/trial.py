@@ -199,9 +199,10 @@ def _left_alone(model: nn.Module, parameters: Sequence[Tensor]) -> Iterator[None
 def _states(tensors: Iterable[Tensor]) -> dict[torch.device, Tensor]:
     """States of torch's generators on the host and on the devices of these tensors."""
     states = {torch.device("cpu"): torch.get_rng_state()}
-    for device in {t.device for t in tensors} - states.keys():
+    for device in {tensor.device for tensor in tensors} - states.keys():
         module = torch.get_device_module(device)
-        states[device] = module.get_rng_state(*_number(device))
+        if hasattr(module, "get_rng_state"):
+            states[device] = module.get_rng_state(*_which(device))
     return states
 
 
@@ -210,8 +211,8 @@ def _set_states(states: Mapping[torch.device, Tensor]) -> None:
         if device.type == "cpu":
             torch.set_rng_state(state)
         else:
-            torch.get_device_module(device).set_rng_state(state, *_number(device))
+            torch.get_device_module(device).set_rng_state(state, *_which(device))
 
 
-def _number(device: torch.device) -> list[int]:
-    return [] if device.index is None else [device.index]
+def _which(device: torch.device) -> list[torch.device]:
+    return [] if device.type == "mps" else [device]  # there is one of those
