@@ -14,7 +14,7 @@ import argparse
 import math
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -62,13 +62,13 @@ def run(task: Task, seed: int, steps: int, scheduled: bool, settings: Mapping[st
         if not math.isfinite(value):
             cells.append(f"diverged in step {step}")
             break
-        if step % (steps // 4) == 0:
+        if 4 * step // steps > 4 * (step - 1) // steps:
             cells.append(f"{evaluate(network, task, held_out)[0]:.3g}")
     rule = optimizer.param_groups[0]["damping"]
     return " | ".join([", ".join(cells), f"{seconds:.0f}", f"{rule.ratio:.2g}"])
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Run all, and print a line for each."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -81,14 +81,15 @@ def main() -> None:
     parser.add_argument("--dampings", default=DAMPINGS, help="rules and their (first) ratios")
     parser.add_argument("--steps", type=int, help="in place of the task's own")
     parser.add_argument("--seeds", type=int, default=2)
-    options = parser.parse_args()
+    parser.add_argument("--fraction", type=float, default=1.0, help="shrinks batches and widths")
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", RuntimeWarning)  # of steps skipped on the way to divergence
     sources = Sources({"mnist": options.mnist} if options.mnist else {}, Path("runs/gauntlet"))
     print("| task | steps | lr | damping | held-out loss | seconds | ratio at the end |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for name in options.tasks.split(","):
-        task = TASKS[name](sources, 1.0)
+        task = TASKS[name](sources, options.fraction)
         steps = options.steps or task.steps
         for length, damping, seed in product(
             options.steps_of.split(","), options.dampings.split(","), range(options.seeds)

@@ -248,7 +248,12 @@ def test_the_second_evaluation_leaves_no_trace() -> None:
     runs = []
     for every in (1, 1000):
         model = noisy()
-        optimizer = exact(model, lr=1e-9, damping=rule(0.3, every=every, minimum=0.3, maximum=0.3))
+        optimizer = exact(
+            model, lr=1e-9, damping=rule(0.3, every=every, minimum=0.3, maximum=0.3),
+            factor_every=2, scale_every=2, interval_warmup=False,
+        )  # fmt: skip
+        # What only a backward pass draws.
+        model[0].weight.register_hook(lambda _: torch.rand(1) and None)
         closure = closure_of(model, optimizer, x, y)
         torch.manual_seed(2)
         losses = [optimizer.step(closure).item() for _ in range(4)]

@@ -99,6 +99,24 @@ def test_bad_options(
     assert message in capsys.readouterr().err
 
 
+def test_adaptive_damping_is_compared(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2])
+    adaptive = importlib.import_module("benchmarks.adaptive")
+    given = "--tasks regression --steps 6 --seeds 1 --fraction 0.05 --steps-of default,plain:0.1"
+    adaptive.main([*given.split(), "--dampings", "mean:0.1,adaptive:0.3"])
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[2:4] for row in rows] == [
+        [length, damping]
+        for length in ("default", "plain:0.1")
+        for damping in ("mean 0.1", "adaptive 0.3")
+    ]
+    assert all(len(row[4].split(", ")) == 4 for row in rows)
+    assert [row[6] for row in rows[::2]] == ["0.1", "0.1"]
+    assert all(row[6] != "0.3" for row in rows[1::2])
+
+
 @pytest.fixture
 def lead(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(Path(__file__).parents[2])

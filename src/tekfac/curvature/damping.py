@@ -109,12 +109,12 @@ class AdaptiveDamping(MeanDamping):
     squared errors half the mean, or else ``likelihood=tekfac.Gaussian(variance=0.5)``. Of several
     ranks the mean loss counts. Under `GradScaler` there is no closure, and so not this rule.
 
-    Where it can say something: large batches, or full ones, whose loss is not noise, and steps as
-    long as the curvature would have them, ``lr`` near 1 without momentum and ``rms_clip``. A short
-    step (the defaults' are) changes the loss by ``∇hᵀδ``, ``ρ`` is 1 whatever the damping, and the
-    ratio falls to ``minimum``. F̂ is the blocks' matrix: what layers do together, and what the
-    first-order rule's parameters do beyond ``∇hᵀδ``, it does not predict. λ is no part of the
-    prediction, since the loss has none, nor is weight decay.
+    It pays on full batches of a loss without noise, and not on an autoencoder's batches of 256
+    (benchmarks/README.md). δ is the step taken, with ``lr``, momentum and ``rms_clip`` in it: a
+    short one changes the loss by next to ``∇hᵀδ`` alone, ``ρ`` is near 1 whatever the damping, and
+    the ratio falls by ``decay`` a step, down to ``minimum``. F̂ is the blocks' matrix: what layers
+    do together, and what the first-order rule's parameters do beyond ``∇hᵀδ``, it does not predict.
+    λ is no part of the prediction, since the loss has none, nor is weight decay.
 
     Args:
         ratio: of the mean eigenvalue, positive; the first one, which changes.
