@@ -102,9 +102,10 @@ class AdaptiveDamping(MeanDamping):
     ``optimizer.param_groups[0]["damping"].ratio``; both are part of the optimizer's state.
 
     It needs ``optimizer.step(closure)``. The closure is called a second time in every ``every``-th
-    step, which costs a forward pass: with gradients off and the same random numbers from torch's
-    generators, ``loss.backward()`` doing nothing, and ``.grad``, buffers (such as running
-    statistics) and generators left as they were. It must give the batch's whole loss, of which
+    step, which costs a forward pass, a copy of the parameters and, on an accelerator, waiting for
+    it. Gradients are off then, torch's generators give the same random numbers, ``loss.backward()``
+    does nothing, and ``.grad``, buffers (such as running statistics) and generators are left as
+    they were. The closure must give the batch's whole loss, of which
     ``.grad`` is the gradient (not clipped), as a mean of ``-log p`` like the Fisher matrix: of
     squared errors half the mean, or else ``likelihood=tekfac.Gaussian(variance=0.5)``. Of several
     ranks the mean loss counts. Under `GradScaler` there is no closure, and so not this rule.
@@ -114,7 +115,8 @@ class AdaptiveDamping(MeanDamping):
     short one changes the loss by next to ``∇hᵀδ`` alone, ``ρ`` is near 1 whatever the damping, and
     the ratio falls by ``decay`` a step, down to ``minimum``. F̂ is the blocks' matrix: what layers
     do together, and what the first-order rule's parameters do beyond ``∇hᵀδ``, it does not predict.
-    λ is no part of the prediction, since the loss has none, nor is weight decay.
+    The source predicts by the batch's exact Fisher matrix, and with λ in it; here λ is no part of
+    the prediction, as the loss has none.
 
     Args:
         ratio: of the mean eigenvalue, positive; the first one, which changes.
