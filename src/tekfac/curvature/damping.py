@@ -110,7 +110,7 @@ class AdaptiveDamping(MeanDamping):
     squared errors half the mean, or else ``likelihood=tekfac.Gaussian(variance=0.5)``. Of several
     ranks the mean loss counts. Under `GradScaler` there is no closure, and so not this rule.
 
-    It pays on full batches of a loss without noise, and not on an autoencoder's batches of 256
+    It pays on full batches of a loss without noise, and hardly on an autoencoder's batches of 256
     (benchmarks/README.md). δ is the step taken, with ``lr``, momentum and ``rms_clip`` in it: a
     short one changes the loss by next to ``∇hᵀδ`` alone, ``ρ`` is near 1 whatever the damping, and
     the ratio falls by ``decay`` a step, down to ``minimum``. F̂ is the blocks' matrix: what layers
