@@ -69,6 +69,8 @@ def _natural(
     for name, rule in {**DAMPING_RULES, "mean_damping": tekfac.MeanDamping}.items():
         if name in options:
             options["damping"] = rule(options.pop(name))
+    if options.pop("damping_rule", "mean") == "adaptive":
+        options["damping"] = tekfac.AdaptiveDamping()
     if "first_order_lr" in options:
         options["first_order"] = tekfac.Adam(lr=options.pop("first_order_lr"))
     return method(network, likelihood=task.likelihood, mean_over=task.mean_over, **options)
@@ -158,6 +160,11 @@ TASK_GRIDS: dict[tuple[str, str], Sequence[Settings]] = {
     ("autoencoder", "sgd"): grid(lr=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)),
     # Full batches bear long steps.
     ("regression", "adamw"): grid(lr=(1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)),
+    # Without noise, damping is the question.
+    **{
+        ("regression", method): grid(lr=(3e-3, 1e-2, 3e-2), damping_rule=("mean", "adaptive"))
+        for method in ("kfac", "ekfac", "tkfac", "tekfac")
+    },
     # Steps that the pretrained weights survive.
     ("finetuning", "sgd"): grid(lr=(3e-3, 0.01, 0.03, 0.06, 0.12, 0.25)),
 }

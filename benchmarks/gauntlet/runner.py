@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 from filelock import FileLock, Timeout
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from benchmarks.gauntlet.optimizers import Settings, build
@@ -144,13 +144,17 @@ def _take_step(
     network: nn.Module, optimizer: torch.optim.Optimizer, task: Task, batch: Batch, step: int
 ) -> None:
     inputs, targets = batch
-    optimizer.zero_grad()
-    loss = task.loss(network(inputs), targets)
-    if not math.isfinite(loss.item()):
-        raise Diverged(f"the loss was {loss.item()} in step {step}")
-    loss.backward()
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = task.loss(network(inputs), targets)
+        if torch.is_grad_enabled() and not math.isfinite(loss.item()):
+            raise Diverged(f"the loss was {loss.item()} in step {step}")
+        loss.backward()
+        return loss
+
     try:
-        optimizer.step()
+        optimizer.step(closure)
     except torch.linalg.LinAlgError as error:
         raise Diverged(f"no decomposition in step {step}: {error}") from error
 
