@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from tekfac.errors import InputError
+from tekfac.runs import ranks
 from tekfac.searches.trials import Result
 
 BAD_INPUT, FAILURE, INTERRUPTED = 2, 1, 130
@@ -52,14 +53,27 @@ def plain_errors() -> Iterator[None]:
         fail(f"{error.strerror or error}{where}", FAILURE)
     except KeyboardInterrupt:
         fail("interrupted", INTERRUPTED)
+    except RuntimeError as error:
+        if not ranks.lost(error):
+            raise
+        fail(
+            f"rank {ranks.current().number} lost another, which ended or did not answer "
+            f"({ranks.first_line(error)}). The checkpoint of the last epoch is kept",
+            FAILURE,
+        )
 
 
 def fail(message: str, status: int) -> NoReturn:
-    """End the program with a line and an exit status."""
-    print(f"tekfac: {message}", file=sys.stderr)
+    """End the program with a line and an exit status; of several ranks, the first writes it.
+
+    It is the cause: what one ends of, the others learn when it has.
+    """
+    if ranks.current().first_to("fail"):
+        print(f"tekfac: {message}", file=sys.stderr)
     raise typer.Exit(status)
 
 
 def show_warning(message: Warning | str, *where: object, **more: object) -> None:
-    """Write a warning as a line, in place of ``warnings.showwarning``."""
-    print(f"tekfac: warning: {message}", file=sys.stderr)
+    """Write a warning as a line, in place of ``warnings.showwarning``; of several ranks, one."""
+    if ranks.current().first_to(f"warn: {message}"):
+        print(f"tekfac: warning: {message}", file=sys.stderr)

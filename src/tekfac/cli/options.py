@@ -14,6 +14,7 @@ import typer
 
 from tekfac.cli import option_files
 from tekfac.cli.console import plain_errors
+from tekfac.runs import ranks
 from tekfac.runs.options import Declaration, declarations, flag
 
 T = TypeVar("T")
@@ -84,6 +85,7 @@ def command(
                 for name, fields in groups.items()
             }
             with plain_errors():
+                ranks.join()
                 function(**{name: values[name] for name in own}, **chosen)
 
         vars(run)["__signature__"] = signature.replace(parameters=parameters)

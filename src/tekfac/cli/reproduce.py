@@ -25,6 +25,7 @@ from tekfac.paper.reproduction import Reproduction
 from tekfac.paper.scales import OPTIMIZERS, SCALES, Scale
 from tekfac.runs.config import Config, default_device, default_threads
 from tekfac.runs.options import flag
+from tekfac.runs.ranks import current, launched
 from tekfac.runs.schedules import Schedule
 from tekfac.searches.grids import Grid, read_grid
 from tekfac.searches.plan import HELD_OUT_FRACTION
@@ -130,6 +131,8 @@ def reproduce(
     names = given(context)
     if target is Target.THEOREM31:
         _refuse(names - {"target", "scale", "out", "yes"}, target)
+        if current().count > 1:
+            raise InputError("theorem31 has no training to share out: run it without torchrun")
         _reproduce_theorem31(scale, Path("results/theorem31") if out is None else out)
         return
     size = SCALES[scale]
@@ -272,7 +275,7 @@ def _announce(work: Reproduction, ask: bool, hours: bool) -> None:
 
 
 def _interactive() -> bool:
-    return sys.stdin.isatty()
+    return sys.stdin.isatty() and not launched()
 
 
 def _refuse(options: Collection[str], target: Target) -> None:

@@ -25,6 +25,7 @@ from tekfac.errors import Diverged, InputError
 from tekfac.runs.config import Config
 from tekfac.runs.folder import RunFolder
 from tekfac.runs.options import flag
+from tekfac.runs.ranks import launched
 from tekfac.runs.training import check, fit
 
 
@@ -51,6 +52,7 @@ def train(
     """Train a network. Without options: handwritten digits, a small convolutional net, TEKFAC.
 
     Options left out take values tuned for the digits; config.json in the run folder records all.
+    Started by torchrun, its processes share every batch, and the same command continues its run.
     """
     if resume is not None:
         if others := sorted(given(context) - {"resume", "epochs"}):
@@ -64,6 +66,10 @@ def train(
     config = configuration(name, settings.values, task, schedule, preset)
     dataset = config.load_data()
     check(config, dataset)
+    if launched():
+        with RunFolder.begun(out or RUNS / config.name, config) as folder:
+            _train(folder, dataset, config.epochs)
+        return
     with (
         RunFolder.create_numbered(RUNS / config.name, config)
         if out is None

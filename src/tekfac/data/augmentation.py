@@ -9,7 +9,12 @@ from torch.nn import functional as F
 PADDING = 4
 
 
-def crop_and_flip(images: Tensor, generator: torch.Generator) -> Tensor:
+def crop_and_flip(
+    images: Tensor,
+    generator: torch.Generator,
+    batch: int | None = None,
+    part: slice = slice(None),
+) -> Tensor:
     """Each image shifted by up to 4 pixels both ways and, for one in two, mirrored.
 
     What is moved in from outside is zero, black for pixels from 0 to 255: crops of the size of the
@@ -18,14 +23,17 @@ def crop_and_flip(images: Tensor, generator: torch.Generator) -> Tensor:
     Args:
         images: N×C×H×W, of any type; not changed.
         generator: draws the shifts and the mirrorings; on the images' device.
+        batch, part: how many images the batch has that these are a part of, and which one: as much
+            is drawn for any part of it. By default they are all of it.
 
     Returns:
         Images of the same shape, type and device.
     """
     count, _, height, width = images.shape
+    drawn = count if batch is None else batch
 
     def draw(high: int) -> Tensor:
-        return torch.randint(high, (count,), generator=generator, device=images.device)
+        return torch.randint(high, (drawn,), generator=generator, device=images.device)[part]
 
     top, left, mirrored = draw(2 * PADDING + 1), draw(2 * PADDING + 1), draw(2).bool()
     padded = F.pad(images, (PADDING,) * 4)

@@ -73,30 +73,14 @@ def compare(
         histories, diverged = [], 0
         for seed in range(seeds):
             config = replace(base, seed=seed)
-            with _open(path / f"{name}-seed{seed}", config) as folder:
+            with RunFolder.begun(path / f"{name}-seed{seed}", config) as folder:
                 try:
+                    # `fit` extends a run of fewer epochs where its schedule allows that.
                     histories.append(fit(folder, data, watch(config), config.epochs))
                 except Diverged:
                     diverged += 1
         outcomes.append(Outcome(name, base.settings["lr"], histories, diverged))
     return outcomes
-
-
-def _open(path: Path, config: Config) -> RunFolder:
-    if not (path / CONFIG).exists():
-        return RunFolder.create(path, config)
-    folder = RunFolder.open(path)
-    # More epochs are no other configuration: `fit` extends the run where its schedule allows that.
-    there = replace(folder.config, epochs=config.epochs).to_dict()
-    wanted = config.to_dict()
-    if there != wanted:
-        folder.close()
-        key = next(key for key in wanted if there.get(key) != wanted[key])
-        raise InputError(
-            f"{path} holds a run of another configuration, {key} {there[key]} instead of "
-            f"{wanted[key]}: give another --out"
-        )
-    return folder
 
 
 HEADER = (

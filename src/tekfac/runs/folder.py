@@ -43,7 +43,8 @@ class Busy(InputError):
 class RunFolder:
     """The folder of one run, locked against other processes until it is closed.
 
-    Made by ``create``, ``create_numbered`` or ``open``; a context manager that closes itself.
+    Made by ``create``, ``create_numbered``, ``begun`` or ``open``; a context manager that closes
+    itself.
 
     Attributes:
         path: the folder.
@@ -89,6 +90,28 @@ class RunFolder:
                 number += 1
             else:
                 return cls.create(candidate, config)
+
+    @classmethod
+    def begun(cls, path: Path, config: Config) -> RunFolder:
+        """Begin a run in ``path``, or go on with it if it is there, be it of other epochs.
+
+        Raises:
+            InputError: if the run there is another one, or its configuration cannot be read.
+            Busy: if another process is at work in it.
+        """
+        if not (path / CONFIG).exists():
+            return cls.create(path, config)
+        folder = cls.open(path)
+        there = dataclasses.replace(folder.config, epochs=config.epochs).to_dict()
+        wanted = config.to_dict()
+        if there != wanted:
+            folder.close()
+            key = next(key for key in wanted if there.get(key) != wanted[key])
+            raise InputError(
+                f"{path} holds a run of another configuration, {key} {there[key]} instead of "
+                f"{wanted[key]}: give another --out"
+            )
+        return folder
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:

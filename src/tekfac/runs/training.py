@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from enum import Enum
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,11 +24,14 @@ from tekfac.runs import optimizers
 from tekfac.runs.config import PRECISIONS, Config
 from tekfac.runs.folder import RunFolder
 from tekfac.runs.metrics import EpochMetrics, History
+from tekfac.runs.ranks import Ranks, current, lost
 
 EVALUATION_BATCH = 1000
 # Apart from the sampled labels', whose generator has the same seed: or else one draw would follow
 # from the other.
 AUGMENTATION_SEED = 0x9E3779B9
+
+ALONE = Ranks()
 
 
 @dataclass(frozen=True)
@@ -62,18 +68,22 @@ class Training:
     Args:
         config: what to do.
         data: the data set that ``config.data`` names.
+        ranks: who trains; all of them make, and call, the same. What a batch comes to is what one
+            process would have, but that each rank's batch norm sees its own shard.
 
     Raises:
-        InputError: if the network or the optimizer cannot be built so.
+        InputError: if the network or the optimizer cannot be built so, or ranks cannot share it.
     """
 
-    def __init__(self, config: Config, data: Dataset) -> None:
+    def __init__(self, config: Config, data: Dataset, ranks: Ranks = ALONE) -> None:
+        ranks.check(config.device, min(config.batch_size, len(data.y_train)))
         torch.set_num_threads(config.threads)
         if torch.device(config.device).type == "cuda":
             # cuDNN's fastest kernels may add up in another order each time.
             torch.backends.cudnn.deterministic = True
             torch.backends.cudnn.benchmark = False
         self.config = config
+        self._ranks = ranks
         self.history: list[EpochMetrics] = []
         self._data = _channels_last(data.to(config.device))
         self._batches = math.ceil(len(data.y_train) / config.batch_size)
@@ -81,17 +91,16 @@ class Training:
         # Built on the CPU: the same seed then means the same weights on every device.
         self.network = networks.build(config.network, data.image_shape, data.classes, config.width)
         self.network.to(config.device).to(memory_format=torch.channels_last)
+        parallel = ranks.parallel(self.network)
         # A form for each size of batch, full or last: one for all sizes would come into use at some
         # time of a session, and a resumed run then differ in its last bits.
-        self._compiled = (
-            torch.compile(self.network, dynamic=False) if config.compile else self.network
-        )
+        self._called = torch.compile(parallel, dynamic=False) if config.compile else parallel
         self._order = torch.Generator().manual_seed(config.seed)
         self._augmentation = torch.Generator(config.device)
         self._augmentation.manual_seed(config.seed + AUGMENTATION_SEED)
         self.optimizer = optimizers.build(
             config.optimizer,
-            self.network,
+            parallel,
             config.settings,
             torch.Generator(config.device).manual_seed(config.seed),
         )
@@ -113,13 +122,19 @@ class Training:
 
         Raises:
             Diverged: if a batch's loss or the test loss is not finite; the history is as it was.
+            InputError: if ranks' networks are not the same any more.
         """
+        with self._ranks.announced(Order.EPOCH):
+            return self._run_epoch(watcher)
+
+    def _run_epoch(self, watcher: Watcher) -> EpochMetrics:
         before = self.history[-1].seconds if self.history else 0.0
         start = time.perf_counter()
         train_loss, train_accuracy, lr = self._train_epoch(watcher, clock_zero=start - before)
         seconds = before + time.perf_counter() - start
+        self._ranks.align(self.network)
         with self._autocast():
-            test_loss, test_accuracy = evaluate(self.network, self._data)
+            test_loss, test_accuracy = evaluate(self.network, self._data, self._ranks)
         epoch = len(self.history) + 1
         if not math.isfinite(test_loss):
             raise Diverged(f"the test loss became {test_loss} in epoch {epoch}")
@@ -139,19 +154,26 @@ class Training:
         epoch = len(self.history) + 1
         images, labels = self._data.x_train, self._data.y_train
         order = torch.randperm(len(labels), generator=self._order).to(labels.device)
+        self._ranks.reseed(self.config.seed, epoch)
         self.network.train()
         seen, loss_sum, correct_sum, lr = 0, 0.0, 0.0, 0.0
         for batch, index in enumerate(order.split(self.config.batch_size), start=1):
-            x, y = images[index], labels[index]
+            part = self._ranks.share(len(index))
+            x, y = images[index[part]], labels[index[part]]
             if self.config.augment:
-                x = crop_and_flip(x, self._augmentation)
+                x = crop_and_flip(x, self._augmentation, len(index), part)
+            share = len(y) / len(index)
+            self._ranks.weigh(share)
             self.optimizer.zero_grad()
             with self._autocast():
                 output = self._forward(self._data.standardised(x))
-                loss = F.cross_entropy(output, y)
+                # The mean over no image is no number, but all ranks have to go backward.
+                loss = F.cross_entropy(output, y) if len(y) else output.sum()
             self._scaler.scale(loss).backward()
             # One transfer from the device, not two.
-            mean_loss, correct = torch.stack([loss.detach(), _correct(output, y)]).tolist()
+            mean_loss, correct = self._ranks.totals(
+                torch.stack([share * loss.detach(), _correct(output, y)])
+            )
             if not math.isfinite(mean_loss):
                 raise Diverged(
                     f"the training loss became {mean_loss} in epoch {epoch}, batch {batch}"
@@ -160,8 +182,8 @@ class Training:
             self._scaler.step(self.optimizer)
             self._scaler.update()
             self._scheduler.step()
-            seen += len(y)
-            loss_sum += mean_loss * len(y)
+            seen += len(index)
+            loss_sum += mean_loss * len(index)
             correct_sum += correct
             watcher.on_batch(
                 BatchProgress(
@@ -179,7 +201,7 @@ class Training:
 
     def _forward(self, x: Tensor) -> Tensor:
         try:
-            output: Tensor = self._compiled(x)
+            output: Tensor = self._called(x)
         except TorchDynamoException as error:
             reason = " ".join(str(error).split("\n")[:2]).strip()
             raise InputError(
@@ -195,7 +217,11 @@ class Training:
         return torch.autocast(device, precision, enabled=precision != torch.float32)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that continuing needs, as plain values and tensors."""
+        """Everything that continuing needs, as plain values and tensors, the same on all ranks."""
+        with self._ranks.announced(Order.STATE):
+            return self._state_dict()
+
+    def _state_dict(self) -> dict[str, Any]:
         device = torch.device(self.config.device)
         return {
             "history": [asdict(metrics) for metrics in self.history],
@@ -223,13 +249,79 @@ class Training:
             torch.cuda.set_rng_state(state["cuda_rng"], torch.device(self.config.device))
 
 
+class Order(Enum):
+    """What rank 0 has the others do with the training that they have begun."""
+
+    EPOCH = "an epoch"
+    STATE = "its state"
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """What all ranks begin a training with.
+
+    Attributes:
+        config: what to do.
+        path: the run's folder, for messages: rank 0 alone looks into it.
+        checkpoint: what to go on from; None for the start.
+        data: the data set; None where the ranks have it from the training before.
+    """
+
+    config: Config
+    path: Path
+    checkpoint: dict[str, Any] | None
+    data: Dataset | None
+
+    def training(self, data: Dataset, ranks: Ranks) -> Training:
+        """The training with these data.
+
+        Raises:
+            InputError: if the parts cannot be built, or the checkpoint does not fit.
+        """
+        training = Training(self.config, data, ranks)
+        if self.checkpoint is not None:
+            try:
+                training.load_state_dict(self.checkpoint)
+            except (KeyError, ValueError, RuntimeError) as error:
+                if isinstance(error, RuntimeError) and lost(error):
+                    raise
+                raise InputError(
+                    f"the checkpoint in {self.path} does not fit its configuration: {error}"
+                ) from error
+        return training
+
+
+def follow(ranks: Ranks) -> None:
+    """Do, as another rank than 0, what rank 0 says, until it says no more.
+
+    Raises:
+        InputError: where rank 0 has the same error, or ought to.
+    """
+    data: Dataset | None = None
+    training: Training | None = None
+    while (order := ranks.hear()) is not None:
+        with suppress(Diverged):
+            if isinstance(order, Beginning):
+                data, training = order.data or data, None
+                assert data is not None
+                training = order.training(data, ranks)
+                continue
+            assert training is not None
+            if order is Order.EPOCH:
+                training.run_epoch(Watcher())
+            else:
+                training.state_dict()
+
+
 def check(config: Config, data: Dataset) -> None:
     """Raise what building a run would raise, before anything of it is written.
 
     Raises:
-        InputError: if the network or the optimizer cannot be built so.
+        InputError: if the network or the optimizer cannot be built so, or ranks cannot share it.
     """
-    Training(config, data)
+    ranks = current()
+    ranks.check(config.device, min(config.batch_size, len(data.y_train)))
+    Training(config, data, ranks.alone())
 
 
 def fit(folder: RunFolder, data: Dataset, watcher: Watcher, epochs: int | None = None) -> History:
@@ -265,9 +357,7 @@ def fit(folder: RunFolder, data: Dataset, watcher: Watcher, epochs: int | None =
         folder.set_epochs(epochs, done=len(history))
     try:
         if len(history) < folder.config.epochs:
-            training = Training(folder.config, data)
-            if checkpoint is not None:
-                _load(training, checkpoint, folder)
+            training = _begun(folder, data, digest, checkpoint)
             history = training.history
             watcher.on_start(folder.config, history, training.batches)
             if checkpoint is None:
@@ -298,29 +388,33 @@ def _channels_last(data: Dataset) -> Dataset:
     )
 
 
-def _load(training: Training, checkpoint: dict[str, Any], folder: RunFolder) -> None:
-    try:
-        training.load_state_dict(checkpoint)
-    except (KeyError, ValueError, RuntimeError) as error:
-        raise InputError(
-            f"the checkpoint in {folder.path} does not fit its configuration: {error}"
-        ) from error
+def _begun(
+    folder: RunFolder, data: Dataset, digest: str, checkpoint: dict[str, Any] | None
+) -> Training:
+    """The training in a folder, begun by all ranks."""
+    ranks = current()
+    sent = data if ranks.sends(digest) else None
+    beginning = Beginning(folder.config, folder.path, checkpoint, sent)
+    with ranks.announced(beginning):
+        return beginning.training(data, ranks)
 
 
 @torch.no_grad()
-def evaluate(network: nn.Module, data: Dataset) -> tuple[float, float]:
-    """Mean cross-entropy and accuracy on the test images in evaluation mode, which is left on."""
+def evaluate(network: nn.Module, data: Dataset, ranks: Ranks = ALONE) -> tuple[float, float]:
+    """Mean cross-entropy and accuracy on the test images in evaluation mode, which is left on.
+
+    Ranks take batches in turn.
+    """
     network.eval()
-    loss_sum, correct_sum = 0.0, 0.0
-    batches = zip(
-        data.x_test.split(EVALUATION_BATCH), data.y_test.split(EVALUATION_BATCH), strict=True
+    sums = torch.zeros(2, dtype=torch.float64)
+    batches = list(
+        zip(data.x_test.split(EVALUATION_BATCH), data.y_test.split(EVALUATION_BATCH), strict=True)
     )
-    for x, y in batches:
+    for x, y in batches[ranks.number :: ranks.count]:
         output = network(data.standardised(x))
         loss = F.cross_entropy(output, y, reduction="sum")
-        loss_value, correct = torch.stack([loss, _correct(output, y)]).tolist()
-        loss_sum += loss_value
-        correct_sum += correct
+        sums += torch.stack([loss, _correct(output, y)]).cpu()
+    loss_sum, correct_sum = ranks.totals(sums)
     return loss_sum / len(data.y_test), correct_sum / len(data.y_test)
 
 
