@@ -7,9 +7,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner, Result
 
 from tekfac.cli.app import app
@@ -59,3 +61,19 @@ def start(*arguments: str) -> subprocess.Popen[str]:
 def rows(path: Path) -> list[dict[str, str]]:
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
+
+
+def assert_identical(expected: object, actual: Any) -> None:
+    """Equal to the last bit, tensors in nested containers too."""
+    if isinstance(expected, torch.Tensor):
+        assert torch.equal(expected, actual)
+    elif isinstance(expected, dict):
+        assert expected.keys() == actual.keys()
+        for key in expected:
+            assert_identical(expected[key], actual[key])
+    elif isinstance(expected, (list, tuple)):
+        assert len(expected) == len(actual)
+        for left, right in zip(expected, actual, strict=True):
+            assert_identical(left, right)
+    else:
+        assert expected == actual

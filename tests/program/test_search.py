@@ -8,6 +8,9 @@ import random
 import re
 import shlex
 import signal
+import socket
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -16,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from optuna.trial import TrialState
 from torch import nn
 
 from command import rows, start, tekfac, workplace
@@ -26,9 +30,10 @@ from tekfac.runs import folder as runs
 from tekfac.runs import training
 from tekfac.runs.config import Config
 from tekfac.runs.metrics import EpochMetrics
+from tekfac.runs.ranks import Ranks
 from tekfac.runs.schedules import Schedule
 from tekfac.runs.training import BatchProgress, Watcher
-from tekfac.searches import grids
+from tekfac.searches import grids, storages
 from tekfac.searches import search as searching
 from tekfac.searches.plan import Plan
 from tekfac.searches.search import Search
@@ -177,9 +182,9 @@ def test_test_images_are_never_looked_at(monkeypatch: pytest.MonkeyPatch) -> Non
     test_images = load("small.npz").x_test
     evaluated, evaluate = [], training.evaluate
 
-    def recorded(network: nn.Module, data: Dataset) -> tuple[float, float]:
+    def recorded(network: nn.Module, data: Dataset, ranks: Ranks) -> tuple[float, float]:
         evaluated.append(data)
-        return evaluate(network, data)
+        return evaluate(network, data, ranks)
 
     monkeypatch.setattr(training, "evaluate", recorded)
     assert tekfac(*SEARCH, "--grid", "lr=0.01,0.1", "--epochs", "2").exit_code == 0
@@ -453,3 +458,155 @@ def test_full_disk_is_one_line_and_leaves_the_search_usable(
     assert result.stderr.count("\n") == 1
     assert tekfac(*SEARCH, *options).exit_code == 0
     assert [row["outcome"] for row in rows(Path("s", searching.TABLE_CSV))] == ["finished"] * 2
+
+
+URL = "sqlite:///shared.db"
+
+
+def shared(name: str, grid: Mapping[str, Any], **changes: Any) -> Search:
+    """A search in a folder of its own, on the storage that it shares with others."""
+    chosen = plan(grid, **changes)
+    return Search(Path(name), chosen, chosen.base.load_data(), storage=URL)
+
+
+def carried_out(work: Search) -> list[float]:
+    """The learning rates that a search tries now."""
+    tried: list[float] = []
+    work.run(lambda *point: Watcher(), lambda result: tried.append(result.settings["lr"]))
+    return tried
+
+
+def test_folders_share_a_storage_and_leave_trials_to_one_another() -> None:
+    grid = {"lr": [0.05, 0.1, 0.2]}
+    here, there = shared("here", grid), shared("there", grid, threads=2)
+    claim = here._claim()
+    assert claim is not None
+    rate = claim[0].params["lr"]
+    with claim[1]:
+        tried = carried_out(there)
+        assert sorted([*tried, rate]) == [0.05, 0.1, 0.2]
+        assert not there.complete
+        ((owner, count),) = there.elsewhere().items()
+        assert f":{Path('here').resolve()} (" in owner
+        assert count == 1
+        assert here.elsewhere() == {}
+    # Killed, the folder that began the trial goes on with it, and no other.
+    assert carried_out(there) == []
+    assert carried_out(shared("here", grid)) == [rate]
+    assert there.complete
+    assert there.results() == here.results()
+    assert {result.outcome for result in here.results()} == {Outcome.FINISHED}
+
+
+def test_point_begun_in_two_folders_at_once_is_tried_in_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    grid = {"lr": [0.05, 0.1]}
+    here, there = shared("here", grid), shared("there", grid)
+    add, claims = there._study.add_trial, []
+
+    def late(trial: Any) -> None:
+        if not claims:
+            claims.append(here._claim())
+        add(trial)
+
+    monkeypatch.setattr(there._study, "add_trial", late)
+    (other,) = carried_out(there)
+    (claim,) = claims
+    assert claim is not None
+    assert {claim[0].params["lr"], other} == {0.05, 0.1}
+    claim[1].close()
+    assert carried_out(here) == [claim[0].params["lr"]]
+    assert [r.outcome for r in here.results()] == [Outcome.FINISHED] * 2
+
+
+def test_trial_given_up_by_hand_is_tried_again() -> None:
+    """As for a machine that does not come back."""
+    grid = {"lr": [0.05, 0.1]}
+    claim = shared("gone", grid)._claim()
+    assert claim is not None
+    claim[1].close()
+    here = shared("here", grid)
+    assert len(carried_out(here)) == 1
+    here._study.tell(claim[0].number, state=TrialState.FAIL)
+    assert carried_out(here) == [claim[0].params["lr"]]
+    assert here.complete
+
+
+def test_searches_on_one_storage_are_told_apart() -> None:
+    for grid in ({"lr": [0.05]}, {"lr": [0.1]}):
+        work = shared(f"s{grid['lr'][0]}", grid)
+        assert carried_out(work) == grid["lr"]
+        assert len(work.results()) == 1
+
+
+def test_storage_of_a_search_cannot_be_changed() -> None:
+    grid = {"lr": [0.05]}
+    shared("a", grid)
+    with pytest.raises(InputError, match="the search in a was begun with a --storage: give it ag"):
+        Search(Path("a"), plan(grid), plan(grid).base.load_data())
+    search(plan(grid))
+    with pytest.raises(InputError, match="the search in s was begun without --storage: leave it"):
+        shared("s", grid)
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("sqlite:////nowhere/x.db", "--storage sqlite:////nowhere/x.db: .*unable to open"),
+        ("postgresql+asyncpg2://me:secret@host/db", r"--storage postgresql\+asyncpg2://host/db: "),
+        ("firebird://me:secret@host/db", "--storage firebird://host/db: Can't load plugin"),
+        ("here.db", "--storage here.db: Could not parse"),
+        ("grpc://localhost", "--storage grpc://localhost must be grpc://HOST:PORT"),
+        ("grpc://localhost:1", "--storage grpc://localhost:1: .*"),
+    ],
+)
+def test_storages_that_are_none(url: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storages, "WAIT", 1)
+    result = tekfac(*SEARCH, "--grid", "lr=0.1", "--storage", url)
+    assert result.exit_code == 2, result.output
+    assert re.match(f"tekfac: {message}", result.stderr), result.stderr
+    assert result.stderr.count("\n") == 1
+    assert "secret" not in result.stderr
+    assert not Path("s").exists()
+
+
+def test_driver_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "psycopg2", None)
+    with pytest.raises(InputError, match="--storage postgresql://host/db needs psycopg2, which is"):
+        storages.open_storage("postgresql://me:secret@host/db")
+
+
+GRPC_SERVER = """\
+import sys
+from optuna.storages import RDBStorage, run_grpc_proxy_server
+run_grpc_proxy_server(RDBStorage("sqlite:///shared.db"), host="localhost", port=int(sys.argv[1]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sqlite", "grpc"])
+def test_two_machines_on_one_storage_try_each_point_once(kind: str) -> None:
+    rates = [f"0.{number}" for number in range(11, 20)]
+    options = ["--grid", f"lr={','.join(rates)}", "--epochs", "3", "--no-prune"]
+    url, server = URL, None
+    if kind == "grpc":
+        with socket.create_server(("localhost", 0)) as free:
+            port = free.getsockname()[1]
+        url = f"grpc://localhost:{port}"
+        server = subprocess.Popen([sys.executable, "-c", GRPC_SERVER, str(port)])
+    try:
+        pair = [start(*SEARCH[:-1], out, *options, "--storage", url) for out in ("here", "there")]
+        outputs = [process.communicate(timeout=240) for process in pair]
+    finally:
+        if server is not None:
+            server.kill()
+            server.wait()
+    assert [process.returncode for process in pair] == [0, 0], outputs
+    done = [re.findall(r"^lr ([\d.]+): finished", output, re.MULTILINE) for output, _ in outputs]
+    assert Counter(done[0] + done[1]) == Counter(rates)
+    assert done[0]
+    assert done[1]
+    assert any("tekfac train" in output for output, _ in outputs)
+    trials = [sorted(Path(out, searching.TRIALS).iterdir()) for out in ("here", "there")]
+    assert [len(each) for each in trials] == [len(each) for each in done]

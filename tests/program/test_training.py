@@ -17,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 import tekfac
+from command import assert_identical
 from tekfac import networks
 from tekfac.data import Dataset, load
 from tekfac.errors import Diverged, InputError
@@ -135,21 +136,6 @@ def assert_same_run(one: Path, other: Path) -> None:
         "torch_rng",
     ):
         assert_identical(expected[part], actual[part])
-
-
-def assert_identical(expected: Any, actual: Any) -> None:
-    if isinstance(expected, torch.Tensor):
-        assert torch.equal(expected, actual)
-    elif isinstance(expected, dict):
-        assert expected.keys() == actual.keys()
-        for key in expected:
-            assert_identical(expected[key], actual[key])
-    elif isinstance(expected, (list, tuple)):
-        assert len(expected) == len(actual)
-        for left, right in zip(expected, actual, strict=True):
-            assert_identical(left, right)
-    else:
-        assert expected == actual
 
 
 @pytest.mark.parametrize("optimizer", optimizers.METHODS)

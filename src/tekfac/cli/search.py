@@ -75,6 +75,15 @@ def search(
             "runs/search-DATA-NETWORK-OPTIMIZER)"
         ),
     ] = None,
+    storage: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="An Optuna storage by which several machines share the trials, each with a folder "
+            "of its own: sqlite:///FILE, postgresql://..., mysql://..., grpc://HOST:PORT. "
+            "(default: a journal in the folder)",
+        ),
+    ] = None,
 ) -> None:
     """Search for an optimizer's best settings, judged by training images held out.
 
@@ -91,7 +100,7 @@ def search(
     path = out or RUNS / f"search-{dataset.name}-{base.network}-{base.optimizer}"
     with Bar() as bar:
         try:
-            work = Search(path, plan, dataset, trials)
+            work = Search(path, plan, dataset, trials, storage)
             work.run(
                 lambda number, total, point: bar.labelled(f"trial {number}/{total}, "),
                 lambda result: print_trial("", result),
@@ -107,6 +116,8 @@ def search(
             "Other processes are at work on the last trials; the last to end them has"
             " the whole table."
         )
+        for folder, count in work.elsewhere().items():
+            console.print(f"  {count} in {folder}", soft_wrap=True)
         return
     best = shlex.join(["tekfac", "train", *arguments(work.best())])
     console.print(f"The best settings, on all training images:\n  {best}", soft_wrap=True)

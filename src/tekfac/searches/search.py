@@ -5,12 +5,18 @@ A search is a folder that any number of processes may work on at once, on machin
 on, and each trial is a run in a folder of its own. A trial belongs to the process that holds the
 lock on that folder. The system lifts the lock when the process ends, however it ends, and whoever
 works on the search next goes on with the trial from its last epoch.
+
+With an Optuna storage by URL in place of the journal, several folders share one search, on machines
+that share nothing else. A trial then belongs to the folder in which it was begun.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import socket
+import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
@@ -20,8 +26,9 @@ from typing import Any
 import optuna
 from filelock import FileLock
 from optuna.distributions import CategoricalDistribution
+from optuna.storages import BaseStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock, JournalStorage
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from tekfac.data import Dataset
 from tekfac.errors import Diverged, InputError
@@ -33,6 +40,7 @@ from tekfac.runs.optimizers import SETTINGS, read_settings
 from tekfac.runs.training import BatchProgress, Watcher, fit
 from tekfac.searches.grids import Point
 from tekfac.searches.plan import Plan
+from tekfac.searches.storages import answering, open_storage
 from tekfac.searches.trials import (
     DIVERGED,
     METRICS,
@@ -46,10 +54,16 @@ from tekfac.searches.trials import (
 
 PLAN = "search.json"
 JOURNAL = "trials.journal"
+OWNER = "storage.json"
 TRIALS = "trials"
 TABLE_MARKDOWN = "search.md"
 TABLE_CSV = "search.csv"
 LOCK = ".lock"
+
+# The attribute of a trial in a storage that folders share: whose it is.
+FOLDER = "folder"
+# What of a run may differ between the machines that share a storage.
+OWN = ("data", "data_dir", "device", "threads", "tensorboard")
 
 # Trials that must have finished before any is given up, and the part of its epochs that a trial has
 # in any case: a small learning rate starts slowly.
@@ -68,23 +82,38 @@ class Search:
         data: the data set that the plan's base names.
         trials: the size of the random part of the grid that is tried; None for the whole grid. May
             differ from one session to the next: the parts contain one another.
+        storage: the URL of an Optuna storage that folders share; None for the folder's journal.
 
     Raises:
-        InputError: if the folder holds another search, or files of a search's names that are none.
+        InputError: if the folder holds another search, or files of a search's names that are none,
+            or the storage does not answer.
     """
 
-    def __init__(self, path: Path, plan: Plan, data: Dataset, trials: int | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        plan: Plan,
+        data: Dataset,
+        trials: int | None = None,
+        storage: str | None = None,
+    ) -> None:
         self._path = path
         self._plan = plan
         self._data = data
-        self._points = plan.points()[:trials]
+        self._digest = data.digest()
+        self._order = plan.points()
+        self._points = self._order[:trials]
+        self._url = storage
         _refuse_foreign(path)
+        shared = None if storage is None else open_storage(storage)
         path.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(path / LOCK)
         with self._lock:
             _refuse_foreign(path)
+            _refuse_other_storage(path, storage)
             self._keep_plan()
-            self._study = self._open_study()
+            self._owner = None if shared is None else self._keep_owner()
+            self._study = self._open_study(shared)
 
     def run(self, watch: Watch, report: Callable[[Result], None]) -> None:
         """Carry out, or carry on, all trials that are left and that no other process is at.
@@ -95,30 +124,41 @@ class Search:
             report: is told of each trial that is done.
 
         Raises:
-            InputError: if a trial cannot be continued.
+            InputError: if a trial cannot be continued, or the storage does not answer.
         """
-        while (claim := self._claim()) is not None:
-            trial, folder = claim
-            with folder:
-                watcher = watch(trial.number + 1, len(self._points), read_settings(trial.params))
-                self._carry_out(trial, folder, watcher)
-                folder.drop_checkpoint()
-            report(result_of(self._study.trials[trial.number]))
-            self.save_table()
+        with answering(self._url):
+            while (claim := self._claim()) is not None:
+                trial, folder = claim
+                with folder:
+                    point = read_settings(trial.params)
+                    watcher = watch(self._order.index(point) + 1, len(self._points), point)
+                    self._carry_out(trial, folder, watcher)
+                    folder.drop_checkpoint()
+                report(result_of(self._study.trials[trial.number]))
+                self.save_table()
 
     def results(self) -> list[Result]:
         """All trials begun so far, best first.
 
         Those that finished come before those that did not. Equal accuracies go by the loss.
         """
-        trials = [t for t in self._study.trials if t.state != TrialState.WAITING]
-        return sorted((result_of(trial) for trial in trials), key=rank)
+        with answering(self._url):
+            return sorted((result_of(trial) for trial in self._begun()), key=rank)
+
+    def elsewhere(self) -> Counter[str]:
+        """How many trials are at work in other folders that share the storage, for each folder."""
+        with answering(self._url):
+            running = self._study.get_trials(False, [TrialState.RUNNING])
+        owners = Counter(str(trial.user_attrs.get(FOLDER)) for trial in running)
+        del owners[str(self._owner)]
+        return owners
 
     @property
     def complete(self) -> bool:
         """Whether every trial is done, be it by another process."""
         done = [TrialState.COMPLETE, TrialState.PRUNED]
-        return len(self._study.get_trials(False, done)) >= len(self._points)
+        with answering(self._url):
+            return len(self._study.get_trials(False, done)) >= len(self._points)
 
     def best(self) -> Config:
         """The run with the best settings on the whole training set, tested on the test images.
@@ -159,62 +199,97 @@ class Search:
             write_csv(self._path / TABLE_CSV, header, rows)
 
     def _keep_plan(self) -> None:
-        wanted = {**self._plan.to_dict(), "data_digest": self._data.digest()}
+        wanted = {**self._plan.to_dict(), "data_digest": self._digest}
         if (self._path / PLAN).exists():
             _refuse_other(self._path, wanted)
         else:
             write_text(self._path / PLAN, json.dumps(wanted, indent=2) + "\n")
 
-    def _open_study(self) -> optuna.Study:
+    def _keep_owner(self) -> str:
+        """The name under which the folder is known in a storage that it shares with others."""
+        path = self._path / OWNER
+        if not path.exists():
+            name = f"{socket.gethostname()}:{self._path.resolve()} ({uuid.uuid4().hex[:8]})"
+            write_text(path, json.dumps({FOLDER: name}) + "\n")
+        return str(json.loads(path.read_text())[FOLDER])
+
+    def _study_name(self) -> str:
+        """A name in a storage that other searches may be in too: for one plan the same."""
+        plan = self._plan.to_dict()
+        plan["config"] = {key: each for key, each in plan["config"].items() if key not in OWN}
+        text = json.dumps([plan, self._digest], sort_keys=True)
+        mark = hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+        return f"tekfac-{self._plan.base.network}-{self._plan.base.optimizer}-{mark}"
+
+    def _open_study(self, shared: BaseStorage | None) -> optuna.Study:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         file = self._path / JOURNAL
-        lock = _JournalLock(self._lock, file)
         pruner = optuna.pruners.MedianPruner(
             n_startup_trials=TRIALS_BEFORE_PRUNING,
             n_warmup_steps=math.ceil(UNPRUNED_FRACTION * self._plan.base.epochs),
         )
-        try:
+
+        def opened(storage: BaseStorage, name: str) -> optuna.Study:
             return optuna.create_study(
-                storage=JournalStorage(JournalFileBackend(str(file), lock)),
-                study_name=PLAN,
+                storage=storage,
+                study_name=name,
                 direction="maximize",
                 load_if_exists=True,
                 sampler=optuna.samplers.RandomSampler(),
                 pruner=pruner if self._plan.prune else optuna.pruners.NopPruner(),
             )
+
+        if shared is not None:
+            with answering(self._url):
+                return opened(shared, self._study_name())
+        try:
+            lock = _JournalLock(self._lock, file)
+            return opened(JournalStorage(JournalFileBackend(str(file), lock)), PLAN)
         except (ValueError, KeyError) as error:
             raise InputError(
                 f"{file} cannot be read, it is damaged ({error}): begin a new search, with "
                 "another --out"
             ) from error
 
+    def _begun(self) -> list[FrozenTrial]:
+        """All trials but those that are void: another had the point before, or it was given up."""
+        void = (TrialState.WAITING, TrialState.FAIL)
+        return [trial for trial in self._study.get_trials(False) if trial.state not in void]
+
     def _claim(self) -> tuple[optuna.Trial, RunFolder] | None:
         """A trial that is this process' now, and its locked folder; None if there is none left."""
         with self._lock:
-            for left in self._study.get_trials(False, [TrialState.RUNNING]):
-                try:
-                    folder = self._folder(read_settings(left.params))
-                except Busy:
-                    continue
-                return optuna.Trial(self._study, left._trial_id), folder
-            if not self._study.get_trials(False, [TrialState.WAITING]):
-                begun = [read_settings(trial.params) for trial in self._study.get_trials(False)]
-                point = next((each for each in self._points if each not in begun), None)
-                if point is None:
+            while True:
+                begun = self._begun()
+                points = [read_settings(trial.params) for trial in begun]
+                for place, (trial, point) in enumerate(zip(begun, points, strict=True)):
+                    mine = trial.user_attrs.get(FOLDER) == self._owner
+                    if trial.state != TrialState.RUNNING or not mine:
+                        continue
+                    claimed = optuna.Trial(self._study, trial._trial_id)
+                    # Trials have numbers in the order in which all folders see them begun.
+                    if points.index(point) != place:
+                        self._study.tell(claimed, state=TrialState.FAIL)
+                        continue
+                    try:
+                        return claimed, self._folder(point)
+                    except Busy:
+                        continue
+                left = next((each for each in self._points if each not in points), None)
+                if left is None:
                     return None
-                # Added whole, then asked for: a process killed in between leaves a trial waiting.
+                # Looked at once more, as others share the storage but not the lock.
                 self._study.add_trial(
                     optuna.trial.create_trial(
-                        state=TrialState.WAITING,
-                        params=dict(point),
+                        state=TrialState.RUNNING,
+                        params=dict(left),
                         distributions={
                             key: CategoricalDistribution(values)
                             for key, values in self._plan.grid.items()
                         },
+                        user_attrs={} if self._owner is None else {FOLDER: self._owner},
                     )
                 )
-            trial = self._study.ask()
-            return trial, self._folder(read_settings(trial.params))
 
     def _folder(self, point: Point) -> RunFolder:
         name = ",".join(f"{key}={as_text(value)}" for key, value in point.items())
@@ -302,6 +377,16 @@ def _refuse_foreign(path: Path) -> None:
     for name in (JOURNAL, TRIALS, TABLE_MARKDOWN, TABLE_CSV):
         if (path / name).exists():
             raise InputError(f"{path} holds {name} but no {PLAN}, no search: give another --out")
+
+
+def _refuse_other_storage(path: Path, storage: str | None) -> None:
+    """Raise if trials are kept elsewhere: they would all be tried again."""
+    if storage is None and (path / OWNER).exists():
+        raise InputError(f"the search in {path} was begun with a --storage: give it again")
+    if storage is not None and (path / JOURNAL).exists():
+        raise InputError(
+            f"the search in {path} was begun without --storage: leave it out, or give another --out"
+        )
 
 
 def _refuse_other(path: Path, wanted: Mapping[str, Any]) -> None:
