@@ -11,7 +11,7 @@ import hashlib
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -287,10 +287,11 @@ def join() -> Ranks:
 
 
 def leave() -> None:
-    """End together with the other ranks, if there are any."""
-    ranks = join()
-    if isinstance(ranks, Group):
-        ranks.leave()
+    """End together with the other ranks, if there are any, and they are still there."""
+    with suppress(InputError, RuntimeError):
+        ranks = join()
+        if isinstance(ranks, Group):
+            ranks.leave()
 
 
 def lost(error: RuntimeError) -> bool:

@@ -217,7 +217,10 @@ class Training:
         return torch.autocast(device, precision, enabled=precision != torch.float32)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that continuing needs, as plain values and tensors, the same on all ranks."""
+        """Everything that continuing needs, as plain values and tensors; all ranks must ask.
+
+        Rank 0's will do for all: in what they draw, the others follow from it.
+        """
         with self._ranks.announced(Order.STATE):
             return self._state_dict()
 
