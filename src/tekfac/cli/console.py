@@ -58,7 +58,7 @@ def plain_errors() -> Iterator[None]:
             raise
         fail(
             f"rank {ranks.current().number} lost another, which ended or did not answer "
-            f"({ranks.first_line(error)}). The checkpoint of the last epoch is kept",
+            f"({ranks.first_words(error)}). The checkpoint of the last epoch is kept",
             FAILURE,
         )
 

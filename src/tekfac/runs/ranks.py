@@ -10,6 +10,8 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -275,15 +277,49 @@ def join() -> Ranks:
         if local < torch.cuda.device_count():
             torch.cuda.set_device(local)
     try:
-        store, number, count = next(rendezvous("env://", timeout=TIMEOUT))
+        kept, number, count = next(rendezvous("env://", timeout=TIMEOUT))
+        store = dist.PrefixStore(_meeting(kept, number, count), kept)
         dist.init_process_group(
             backend, store=store, rank=number, world_size=count, timeout=TIMEOUT
         )
         orders = dist.new_group(backend="gloo", timeout=PATIENCE)
     except RuntimeError as error:
-        raise InputError(f"the ranks did not meet: {first_line(error)}") from error
+        raise InputError(f"the ranks did not meet: {first_words(error)}") from error
     _current = Group(dist.group.WORLD, orders, store)
     return _current
+
+
+def _meeting(store: Any, number: int, count: int) -> str:
+    """A name that the ranks started now have in common, and those before them had not.
+
+    ``torchrun`` keeps its store when it starts ranks again, and in it addresses of those that are
+    gone, which others would try to reach. So rank 0 answers each rank under a name that only this
+    process has, until all have understood.
+
+    Raises:
+        InputError: if a rank is missing after the time limit.
+    """
+    own = uuid.uuid4().hex
+    if number:
+        store.set(f"rank {number}", own)
+        name = str(store.get(own).decode())
+        store.set(f"{name} {number}", "")
+        return name
+    answered: dict[int, str] = {}
+    missing = list(range(1, count))
+    end = time.monotonic() + TIMEOUT.total_seconds()
+    while missing:
+        for other in missing:
+            if store.check([f"rank {other}"]):
+                asks = store.get(f"rank {other}").decode()
+                if asks != answered.get(other):
+                    store.set(asks, own)
+                    answered[other] = asks
+        missing = [other for other in missing if not store.check([f"{own} {other}"])]
+        if time.monotonic() > end:
+            raise InputError(f"the ranks did not meet: of {count}, there is no rank {missing[0]}")
+        time.sleep(0.02)
+    return own
 
 
 def leave() -> None:
@@ -301,9 +337,9 @@ def lost(error: RuntimeError) -> bool:
     )
 
 
-def first_line(error: BaseException) -> str:
-    """What an error says, in a line, without the place in torch's code."""
-    text = (str(error) or type(error).__name__).splitlines()[0]
+def first_words(error: BaseException) -> str:
+    """What an error says first, without the place in torch's code."""
+    text = (str(error) or type(error).__name__).splitlines()[0].partition(". ")[0]
     return text.partition("] ")[2] or text if text.startswith("[") else text
 
 
