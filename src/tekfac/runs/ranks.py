@@ -20,7 +20,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from tekfac.errors import Diverged, InputError
@@ -269,6 +268,10 @@ def join() -> Ranks:
     global _current
     if isinstance(_current, Group) or not launched() or os.environ["WORLD_SIZE"] == "1":
         return _current
+    # Not in every build of torch.
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
     local = int(os.environ["LOCAL_RANK"])
     # Ranks speak of small things on the CPU, and of gradients where these are.
     backend = "gloo"
@@ -278,7 +281,7 @@ def join() -> Ranks:
             torch.cuda.set_device(local)
     try:
         kept, number, count = next(rendezvous("env://", timeout=TIMEOUT))
-        store = dist.PrefixStore(_meeting(kept, number, count), kept)
+        store = PrefixStore(_meeting(kept, number, count), kept)
         dist.init_process_group(
             backend, store=store, rank=number, world_size=count, timeout=TIMEOUT
         )
