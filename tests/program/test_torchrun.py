@@ -170,7 +170,7 @@ ranks.Group.weigh = weighed
     [
         ("raise InputError('it went wrong here')", 1, "tekfac: it went wrong here"),
         ("raise OSError(28, 'No space left')", 0, "tekfac: No space left"),
-        ("share = float('nan')", 1, "tekfac: the training loss became nan in epoch 2, batch 1."),
+        ("share = float('nan')", 1, "tekfac: the training loss became nan in epoch 2, batch 3."),
         ("os._exit(3)", 0, "tekfac: rank 1 lost another, which ended or did not answer ("),
         ("os.kill(os.getpid(), signal.SIGSTOP)", 1, "tekfac: rank 0 lost another, which ended or"),
     ],
