@@ -23,7 +23,7 @@ TASK = ["--data", "small.npz", "--network", "mlp", "--device", "cpu", "--threads
 TRAIN = ["train", *TASK, "--optimizer", "sgd", "--out", "run"]
 # That a command has ended by then is a part of every test here.
 SECONDS = 240
-# Kills of a rank in the test; twenty, and for each of the methods, were done by hand.
+# Kills of a rank in the test; twenty were done by hand.
 KILLS = 5
 
 pytestmark = [pytest.mark.usefixtures(workplace.__name__), pytest.mark.slow]

@@ -76,7 +76,7 @@ class Training:
     """
 
     def __init__(self, config: Config, data: Dataset, ranks: Ranks = ALONE) -> None:
-        ranks.check(config.device, min(config.batch_size, len(data.y_train)))
+        ranks.check(config.device, config.batch_size)
         torch.set_num_threads(config.threads)
         if torch.device(config.device).type == "cuda":
             # cuDNN's fastest kernels may add up in another order each time.
@@ -323,7 +323,7 @@ def check(config: Config, data: Dataset) -> None:
         InputError: if the network or the optimizer cannot be built so, or ranks cannot share it.
     """
     ranks = current()
-    ranks.check(config.device, min(config.batch_size, len(data.y_train)))
+    ranks.check(config.device, config.batch_size)
     Training(config, data, ranks.alone())
 
 
