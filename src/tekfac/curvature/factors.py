@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from tekfac.curvature.basis import Basis
 from tekfac.curvature.moments import Moment
 from tekfac.curvature.statistics import averaged
 from tekfac.layers import Rows
@@ -23,18 +24,12 @@ class Factors(ABC):
     """A running estimate of a pair of Kronecker factors and the sums of the batch in flight.
 
     Args:
-        ranks: eigenvectors that the input side and the output side keep where they are wide (see
-            `Moment`); None for all.
-        storage: what they are kept in; None for what they are computed in.
-
-    Attributes:
-        input: of shape ``(G, d_in, d_in)``.
-        output: of shape ``(G, d_out, d_out)``.
+        input: what the input side is known by, ``d_in × d_in``.
+        output: the same of the output side, ``d_out × d_out``.
     """
 
-    def __init__(self, ranks: tuple[int | None, int | None], storage: torch.dtype | None) -> None:
-        self.input = Moment(ranks[0], storage)
-        self.output = Moment(ranks[1], storage)
+    def __init__(self, input: Moment, output: Moment) -> None:
+        self.input, self.output = input, output
 
     @abstractmethod
     def add(self, rows: Rows, first: bool) -> None:
@@ -106,6 +101,11 @@ class Factors(ABC):
     @abstractmethod
     def _average(self, units: Tensor | float, terms: Tensor | float, decay: Tensor | float) -> None:
         """Average the batch's sums in."""
+
+    @property
+    def make_basis(self) -> type[Basis]:
+        """What a basis of the two is."""
+        return self.input.make_basis
 
     @property
     @abstractmethod
@@ -201,8 +201,8 @@ class TraceRestrictedFactors(Factors):
     without any gradient says nothing about either and leaves the estimate as it is.
     """
 
-    def __init__(self, ranks: tuple[int | None, int | None], storage: torch.dtype | None) -> None:
-        super().__init__(ranks, storage)
+    def __init__(self, input: Moment, output: Moment) -> None:
+        super().__init__(input, output)
         self.delta: Tensor | None = None
         self._delta: Tensor | None = None
 

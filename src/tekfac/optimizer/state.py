@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tekfac.curvature.blocks import Block
 from tekfac.curvature.damping import packed_damping, unpacked_damping
+from tekfac.layers import as_used
 
 PREFIX = "block."
 
@@ -28,6 +29,7 @@ def layout_of(groups: Groups, blocks: Blocks) -> dict[str, dict[str, Any]]:
     return {
         name: {
             "shape": list(block.shape),
+            "looked_up": block.layer.looked_up,
             "transposed": getattr(block.layer, "transposed", False),
             "parameters": [index[p] for p in block.layer.parameters],
         }
@@ -182,6 +184,8 @@ def check_fits(
             blocks[name].layer.resemble(
                 tuple(each["shape"]), len(each["parameters"]), each.get("transposed")
             )
+            # Older states have no tables that are only looked up.
+            blocks[name].take(as_used(blocks[name].layer, each.get("looked_up", False)))
     layout = {
         name: each
         for name, each in layout_of(groups, blocks).items()
