@@ -131,13 +131,15 @@ class CoordinateBasis(Basis):
     """
 
     def apply(self, values: Tensor, matrix: Tensor) -> Tensor:
+        # Turned, as tables lie in memory.
+        values, rows = values.mT, matrix.mT
         output = self.output.to(matrix.dtype)
         k_out = output.shape[2]
-        rows = output.mT @ matrix
         if k_out == output.shape[1]:
-            return output @ (values * rows)
-        rest = values[:, k_out:]
-        return (rest * matrix).baddbmm_(output, (values[:, :k_out] - rest) * rows)
+            return (((rows @ output) * values) @ output.mT).mT
+        rest = values[:, :, k_out:]
+        leading = (values[:, :, :k_out] - rest) * (rows @ output)
+        return (rest * rows).baddbmm_(leading, output.mT).mT
 
     def squares(
         self, layer: Layer, sample: Sample, dtype: torch.dtype | None, total: Tensor | None
