@@ -123,7 +123,7 @@ def curvature_layers(model: nn.Module, exclude: Iterable[str] = ()) -> dict[str,
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, *CONVOLUTIONS))
+        if isinstance(module, (nn.Linear, nn.Embedding, *CONVOLUTIONS))
         and any(p.requires_grad for p in module.parameters())
         and name not in set(exclude)
     }
@@ -135,17 +135,25 @@ def groups_of(layer: nn.Module) -> int:
 
 def parts(layer: nn.Module) -> list[nn.Parameter]:
     """The trained parameters of a layer, weight first."""
-    return [p for p in (layer.weight, layer.bias) if p is not None and p.requires_grad]
+    own = (layer.weight, getattr(layer, "bias", None))
+    return [p for p in own if p is not None and p.requires_grad]
 
 
 def matrix(layer: nn.Module, values: Sequence[Tensor]) -> Tensor:
     """Tensors shaped as `parts` as one ``(groups, d_out, d_in)`` matrix per group."""
+    if isinstance(layer, nn.Embedding):
+        return values[0].T[None]  # a row for each entry, which is a column of W
     columns = torch.cat([v.reshape(len(v), -1) for v in values], 1)
     return columns.reshape(groups_of(layer), -1, columns.shape[1])
 
 
 def patches(layer: nn.Module, x: Tensor) -> Tensor:
     """What a layer multiplies its weight with, ``(groups, N, T, d_in)``, no entry for the bias."""
+    if isinstance(layer, nn.Embedding):
+        rows = torch.eye(layer.num_embeddings, dtype=layer.weight.dtype)
+        if layer.padding_idx is not None:
+            rows[layer.padding_idx] = 0
+        return rows[x.reshape(len(x), -1)][None]
     if isinstance(layer, nn.Linear):
         return x.reshape(len(x), -1, x.shape[-1])[None]
     kernel, dilation = layer.kernel_size, layer.dilation
@@ -172,7 +180,7 @@ def patches(layer: nn.Module, x: Tensor) -> Tensor:
 
 def positions(layer: nn.Module, g: Tensor) -> Tensor:
     """A layer's output gradient as ``(groups, N, T, d_out)``."""
-    if isinstance(layer, nn.Linear):
+    if isinstance(layer, (nn.Linear, nn.Embedding)):
         return g.reshape(len(g), -1, g.shape[-1])[None]
     return torch.stack([part.flatten(2).mT for part in g.chunk(layer.groups, 1)])
 
@@ -202,7 +210,7 @@ def measure(
             one = torch.ones_like(a[..., :1])
             trained = [
                 a_part
-                for p, a_part in ((layer.weight, a), (layer.bias, one))
+                for p, a_part in ((layer.weight, a), (getattr(layer, "bias", None), one))
                 if p is not None and p.requires_grad
             ]
             inputs[name].append(torch.cat(trained, -1))
@@ -442,6 +450,7 @@ class Optimizer:
         if self.steps % self.factor_every == 0:
             for name, layer in self.layers.items():
                 rows = layer.weight.detach().flatten(1)
+                rows = rows.T if isinstance(layer, nn.Embedding) else rows
                 self.rows[name] = float(sum(row @ row for row in rows)) / len(rows)
         self.steps += 1
         value = loss(self.model(x), y)
@@ -460,6 +469,8 @@ class Optimizer:
         self.velocity[name] = velocity
         if self.nesterov:
             velocity = direction + self.momentum * velocity
+        if isinstance(layer, nn.Embedding):
+            velocity = velocity.mT
         sizes = [p[0].numel() for p in parts(layer)]
         change = velocity.reshape(-1, sum(sizes)).split(sizes, 1)
         with torch.no_grad():
