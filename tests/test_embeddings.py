@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parametrizations
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -278,11 +279,13 @@ def test_a_table_that_is_multiplied_later() -> None:
     optimizer.step()
     before = optimizer.blocks["table"].dense()
     model.tied = True
+    for _ in range(2):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), x[:, 0]).backward()
+        optimizer.step()
+    F.cross_entropy(model(x), x[:, 0]).backward()
     with pytest.warns(RuntimeWarning, match="curvature of layers 'table' stays as it was"):
-        for _ in range(3):
-            optimizer.zero_grad()
-            F.cross_entropy(model(x), x[:, 0]).backward()
-            optimizer.step()
+        optimizer.step()
     assert "MmBackward0" in optimizer.treatment()["table.weight"]
     torch.testing.assert_close(optimizer.blocks["table"].dense(), before)
 
@@ -299,6 +302,20 @@ def test_what_is_no_table() -> None:
     assert treatment["scaled.weight"] == (
         "first order: Embedding with scale_grad_by_freq=True gets what is no gradient of the loss"
     )
+
+
+def test_a_table_with_weight_norm() -> None:
+    """Each entry is scaled by itself: no function of the rows of W."""
+    model = Classifier()
+    parametrizations.weight_norm(model.table)
+    optimizer = tekfac.TEKFAC(model)
+    F.cross_entropy(model(tokens(6, 5)), torch.arange(6) % CLASSES).backward()
+    optimizer.step()
+    assert set(optimizer.blocks) >= {"hidden", "head"}
+    assert {name for name, words in optimizer.treatment().items() if "first order" in words} == {
+        "table.parametrizations.weight.original0",
+        "table.parametrizations.weight.original1",
+    }
 
 
 def test_gradients_by_frequency() -> None:
@@ -332,7 +349,7 @@ class Sizes(TorchDispatchMode):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_nothing_is_larger_than_the_table(method: str) -> None:
-    """Neither one-hot rows, of which 500 would be 40 times as large, nor a factor of its entries."""
+    """Neither one-hot rows, which would be 40 times as large, nor a factor of its entries."""
     torch.manual_seed(0)
     entries, width = 50_000, 12
     model = nn.Sequential(nn.Embedding(entries, width), nn.Linear(width, CLASSES))
@@ -404,6 +421,18 @@ def test_a_resumed_run_goes_on_bit_for_bit(method: str, function: bool) -> None:
     resumed.load_state_dict(state)
     found = trained(other, resumed, range(3, 8))
     assert all(map(torch.equal, found, expected))
+
+
+def test_a_state_from_before_tables_were_layers() -> None:
+    torch.manual_seed(0)
+    older, model = Classifier(), Classifier()
+    optimizer = tekfac.TEKFAC(older, exclude=[nn.Embedding], **settings("TEKFAC"))
+    trained(older, optimizer, range(3))
+    resumed = tekfac.TEKFAC(model, **settings("TEKFAC"))
+    resumed.load_state_dict(optimizer.state_dict())
+    assert resumed.blocks["table"].empty
+    trained(model, resumed, range(3, 5))
+    assert not resumed.blocks["table"].empty
 
 
 def on_ranks(method: str, data: Sequence[Any], options: dict[str, Any]) -> list[Tensor]:

@@ -129,7 +129,6 @@ class Reading:
             return x[None]
         return (x.mT if self.product.left else x).flatten(0, -2)
 
-
     @property
     def _from_part(self) -> bool:
         """Whether entries are those of a part of the table."""

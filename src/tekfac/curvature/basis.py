@@ -102,7 +102,9 @@ class Basis:
     def carry_over(self, scale: Tensor, new: Basis) -> Tensor:
         """A rescaling in this basis, in a new one (`statistics.carried_over`)."""
         sides = ((self.input, new.input), (self.output, new.output))
-        return carried_over(scale, *(overlap(u.to(scale.dtype), v.to(scale.dtype)) for u, v in sides))
+        return carried_over(
+            scale, *(overlap(u.to(scale.dtype), v.to(scale.dtype)) for u, v in sides)
+        )
 
     def whole(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """As many eigenvectors of either side as it is wide, ``(G, d, d)``."""

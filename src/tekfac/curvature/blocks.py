@@ -20,8 +20,8 @@ from tekfac.curvature.basis import Basis
 from tekfac.curvature.damping import Measured, damping_of
 from tekfac.curvature.factors import Factors
 from tekfac.curvature.kept import moments_of
-from tekfac.curvature.sampling import factor_reading
 from tekfac.curvature.moments import Moment
+from tekfac.curvature.sampling import factor_reading
 from tekfac.layers import Layer, Sample, as_used
 from tekfac.verdict import YES, Verdict
 

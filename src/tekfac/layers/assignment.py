@@ -260,10 +260,6 @@ def assign(model: nn.Module, exclude: Sequence[str | type[nn.Module]]) -> Assign
     for module in names.values():
         for p in module._parameters.values():
             if p is not None and p not in result.owner:
-                reason = (
-                    "left out by exclude"
-                    if p in left_out
-                    else _reason(module)
-                )
+                reason = "left out by exclude" if p in left_out else _reason(module)
                 result.reasons.setdefault(p, reason)
     return result

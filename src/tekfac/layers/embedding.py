@@ -11,8 +11,8 @@ from tekfac.layers.linear import LinearLayer
 class EmbeddingLayer(LinearLayer):
     """A table that is only looked up: a fully-connected layer whose inputs are one-hot rows.
 
-    No such row is made. An input is the number of the entry that was looked up, -1 in place of a
-    row of zeros (padding).
+    No such row is made, and no per-example gradient, which would be as wide as the table has
+    entries: `chunks` gives the numbers of the entries that were looked up, -1 for padding.
     """
 
     looked_up = True
@@ -28,7 +28,12 @@ class EmbeddingLayer(LinearLayer):
         """Of numbers of entries there is no width to be wrong."""
 
     def _inputs(
-        self, x: Tensor | None, like: Tensor, seen: Tensor | None, live: Tensor | None, swapped: bool
+        self,
+        x: Tensor | None,
+        like: Tensor,
+        seen: Tensor | None,
+        live: Tensor | None,
+        swapped: bool,
     ) -> Tensor:
         assert x is not None
         entries = (x if seen is None else x[seen]).view(like.shape[:3])

@@ -38,7 +38,7 @@ class Layer(ABC):
         groups: ``G``.
         d_in: columns per group, the bias's included.
         d_out: rows per group.
-        looked_up: whether inputs are numbers of entries, in place of one-hot rows.
+        looked_up: whether inputs are one-hot rows, known by the numbers of their entries.
     """
 
     groups: int = 1
@@ -257,7 +257,12 @@ class Layer(ABC):
         return Rows(a, rows, positions, norms, counted, drawn)
 
     def _inputs(
-        self, x: Tensor | None, like: Tensor, seen: Tensor | None, live: Tensor | None, swapped: bool
+        self,
+        x: Tensor | None,
+        like: Tensor,
+        seen: Tensor | None,
+        live: Tensor | None,
+        swapped: bool,
     ) -> Tensor:
         """Inputs as rows ``(G, n, T', d_in)``.
 

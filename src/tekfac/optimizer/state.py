@@ -104,6 +104,9 @@ def normal_form(state_dict: dict[str, Any], groups: Groups, blocks: Blocks) -> d
             f"only {sorted(state_dict)}"
         )
     packed["tekfac"] = own
+    for name, block in blocks.items():
+        if block.layer.looked_up:  # no layer in older states
+            own["blocks"].setdefault(name, None)
     if any(isinstance(group.get("first_order"), bool) for group in packed["param_groups"]):
         _join_groups(packed, groups, blocks)
     keys = [key for group in packed["param_groups"] for key in group["params"]]
