@@ -60,9 +60,9 @@ def _geometry(node: Any) -> Geometry:
     )
 
 
-def _entries(node: Any) -> Tensor | None:
+def _entries(node: Any) -> Tensor:
     """The numbers of the entries that were looked up, -1 for padding, ``(R,)``."""
-    entries = node._saved_indices.flatten().long()
+    entries: Tensor = node._saved_indices.flatten().long()
     return entries.where(entries != node._saved_padding_idx, -1)
 
 
