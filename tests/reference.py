@@ -94,6 +94,14 @@ class Batch:
     weight: Tensor
     terms: int
     live: Tensor
+    lookups: bool = False
+
+    @property
+    def active(self) -> Tensor:
+        """Columns of W in which the batch has gradients: an embedding's entries that it saw."""
+        if not self.lookups:
+            return torch.tensor(self.inputs.shape[2])
+        return (self.inputs * self.live[:, :, None]).flatten(0, 1).any(0).sum()
 
     @property
     def examples(self) -> int:
@@ -258,6 +266,7 @@ def measure(
                 weight=torch.tensor(weight, dtype=torch.float64),
                 terms=terms,
                 live=live(name, group),
+                lookups=isinstance(layer, nn.Embedding),
             )
             for group in range(groups_of(layer))
         ]
@@ -310,10 +319,13 @@ class Block:
     """``(A, G)`` or ``(Φ, Ψ)`` at the last refresh; δ, a number, is always the latest."""
     basis: Tensor | None = None
     scale: Tensor | None = None
+    active: list[Tensor] = field(default_factory=list)
+    """How many columns of W are counted as such by damping."""
 
     def update(self, batch: Batch, factors: bool, scale: bool, basis: bool) -> None:
         if factors:
             self.factors = mix(self.factors, self.method.factors(batch), self.factor_decay)
+            self.active = mix(self.active, [batch.active.double()], self.factor_decay)
         if basis:
             previous = self.dense() if self.scale is not None else None
             self.spectra = (self.factors[0], self.factors[1])
@@ -353,7 +365,7 @@ class Block:
         return self._factored(a, g, damping)
 
     def _factored(self, a: Tensor, g: Tensor, damping: float) -> Tensor:
-        pi = math.sqrt((a.trace() / len(a)) / (g.trace() / len(g)))
+        pi = math.sqrt((a.trace() / self.active[0]) / (g.trace() / len(g)))
         root = math.sqrt(damping)
         a = a + pi * root * torch.eye(len(a), dtype=a.dtype)
         g = g + root / pi * torch.eye(len(g), dtype=g.dtype)
@@ -502,13 +514,16 @@ class Optimizer:
 
     def damping_of(self, name: str) -> float:
         if isinstance(self.damping, Trace):
-            dim = sum(len(block.dense()) for block in self.blocks[name])
-            return max(self.trace(name), self.damping.nu) / dim
+            return max(self.trace(name), self.damping.nu) / self.dim(name)
         if isinstance(self.damping, Mean):
-            return self.damping.ratio * float(torch.trace(self.dense(name))) / len(self.dense(name))
+            return self.damping.ratio * self.trace(name) / self.dim(name)
         if isinstance(self.damping, Relative):
             return self.damping.damping / max(1.0, self.rows[name])
         return self.damping.damping if isinstance(self.damping, Factored) else self.damping
+
+    def dim(self, name: str) -> float:
+        """The layer's parameters, of an embedding's entries only as many as batches see."""
+        return float(sum(b.active[0] * len(b.spectra[1]) for b in self.blocks[name]))
 
     def beta(self, name: str) -> float:
         """β of a fully-connected layer in a convolutional network; 1 for every other layer."""

@@ -588,7 +588,8 @@ class Block(ABC):
         damping = self._damping() ** 0.5
         input, output = root * basis.input_values, root * basis.output_values
         # Both traces by their dimensions.
-        ratio = (input @ basis.input_counts / self.layer.d_in)[:, None] / (
+        active = self.factors.input.active(self.layer.d_in)
+        ratio = (input @ basis.input_counts / active)[:, None] / (
             output @ basis.output_counts / self.layer.d_out
         )[:, None]
         # A factor that vanishes says nothing about how to share the damping out.
@@ -616,7 +617,9 @@ class Block(ABC):
             return self.fc_scale * self.fisher_trace()
 
         dtype = self._require_basis().input_values.dtype
-        measured = Measured(trace, self._row_norm, self.dim, dtype)
+        (input, d_in), (_, d_out) = self._sides
+        dim = self.groups * d_out * input.active(d_in)
+        measured = Measured(trace, self._row_norm, dim, dtype)
         return damping_of(self.group["damping"], measured)
 
     def _require_basis(self) -> Basis:

@@ -130,13 +130,11 @@ class Factors(ABC):
 
     def state_dict(self) -> dict[str, Tensor]:
         """The running estimate, as tensors by name; empty before the first batch."""
-        state = {}
-        for name, moment in self._moments():
-            if moment.value is not None:
-                state[name] = moment.value
-            if moment.trace is not None:
-                state[f"{name}_trace"] = moment.trace
-        return state
+        return {
+            f"{name}{part}": value
+            for name, moment in self._moments()
+            for part, value in moment.state_dict().items()
+        }
 
     def load_state_dict(self, state: dict[str, Tensor], vectors: dict[str, Tensor]) -> None:
         """Take over an estimate returned by `state_dict`.
@@ -146,7 +144,9 @@ class Factors(ABC):
             vectors: the basis' eigenvectors, "input" and "output", if there is a basis.
         """
         for name, moment in self._moments():
-            moment.load(state.get(name), state.get(f"{name}_trace"), vectors.get(name))
+            own = {key: value for key, value in state.items() if key.startswith(name)}
+            parts = {key.removeprefix(name): value for key, value in own.items()}
+            moment.load_state_dict(parts, vectors.get(name))
 
     def _moments(self) -> tuple[tuple[str, Moment], tuple[str, Moment]]:
         return ("input", self.input), ("output", self.output)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -119,6 +120,10 @@ class Moment:
         """How many numbers of ``width``'s second moment are kept, as far as they are many."""
         return width * self.kept(width)
 
+    def active(self, width: int) -> Tensor | int:
+        """In how many of ``width`` directions a batch has gradients at all."""
+        return width
+
     def finite(self) -> Tensor:
         """Whether the batch's sum is, 0-dimensional."""
         assert self.sum is not None
@@ -181,9 +186,15 @@ class Moment:
             self.probe, self.value = vectors.to(self.value.dtype), product.to(self.value.dtype)
             self.release()
 
-    def load(self, value: Tensor | None, trace: Tensor | None, vectors: Tensor | None) -> None:
+    def state_dict(self) -> dict[str, Tensor]:
+        """The estimate, as tensors by name; empty before the first batch."""
+        state = {"": self.value, "_trace": self.trace}
+        return {name: value for name, value in state.items() if value is not None}
+
+    def load_state_dict(self, state: Mapping[str, Tensor], vectors: Tensor | None) -> None:
         """Take over an estimate, and the eigenvectors of the basis that it belongs to, if any."""
         self.clear()
+        value, trace = state.get(""), state.get("_trace")
         self.value, self.trace, self.probe = value, trace, None
         if value is not None and trace is not None:
             groups, width, rank = value.shape
@@ -200,6 +211,9 @@ class DiagonalMoment(Moment):
 
     Its eigenvectors are the entries themselves, and none is kept.
 
+    Attributes:
+        seen: how many entries a batch looks up, a running average, ``(1,)``; None before the first.
+
     Args:
         width: ``d``, how many entries there are.
         dtype: what sums are kept in.
@@ -211,6 +225,7 @@ class DiagonalMoment(Moment):
     def __init__(self, width: int, dtype: torch.dtype, storage: torch.dtype | None) -> None:
         super().__init__(None, storage)
         self.width, self.dtype = width, dtype
+        self.seen: Tensor | None = None
 
     def add(self, rows: Tensor, weights: Tensor | float) -> None:
         """Add ``Σ_n w_n Σ_t x_nt x_ntᵀ`` for the one-hot ``x`` of these entries, ``(G, N, T)``."""
@@ -241,6 +256,18 @@ class DiagonalMoment(Moment):
         new = self.sum / _for_columns(divisor)
         old = None if self.value is None or not self.held else self.value.to(new.dtype)
         self.value = averaged(old, new, _for_columns(past)).to(self.storage or new.dtype)
+        self.seen = averaged(self.seen, (self.sum > 0).sum(dim=1).to(self.dtype), past)
+
+    def active(self, width: int) -> Tensor | int:
+        return width if self.seen is None else self.seen.clamp_min(1).squeeze(0)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        state = super().state_dict()
+        return state if self.seen is None else state | {"_seen": self.seen}
+
+    def load_state_dict(self, state: Mapping[str, Tensor], vectors: Tensor | None) -> None:
+        super().load_state_dict(state, vectors)
+        self.seen = state.get("_seen")
 
     def add_identity(self, share: Tensor) -> None:
         assert self.value is not None
