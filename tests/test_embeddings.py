@@ -133,12 +133,18 @@ class OneHot(Classifier):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_leading_eigenvectors_of_the_output_side(method: str) -> None:
-    """As of a linear layer that sees one-hot rows; of its own inputs that one keeps all."""
+    """As of a linear layer that sees one-hot rows; of its own inputs that one keeps all.
+
+    Each batch has all entries, so that damping counts all for both.
+    """
     torch.manual_seed(0)
     table = Classifier().double()
     table.table, table.hidden = nn.Embedding(TOKENS, 20), nn.Linear(20, WIDTH)
     matrix = OneHot(table.double())
-    data = [(tokens(6, 5), torch.randint(CLASSES, (6,))) for _ in range(3)]
+    data = []
+    for _ in range(3):
+        x = torch.cat([torch.arange(TOKENS), torch.randint(TOKENS, (21,))]).view(6, 5)
+        data.append((x, torch.randint(CLASSES, (6,))))
     blocks = []
     for model in (table, matrix):
         optimizer = getattr(tekfac, method)(
