@@ -94,6 +94,14 @@ class Batch:
     weight: Tensor
     terms: int
     live: Tensor
+    lookups: bool = False
+
+    @property
+    def active(self) -> Tensor:
+        """Columns of W in which the batch has gradients: an embedding's entries that it saw."""
+        if not self.lookups:
+            return torch.tensor(self.inputs.shape[2])
+        return (self.inputs * self.live[:, :, None]).flatten(0, 1).any(0).sum()
 
     @property
     def examples(self) -> int:
@@ -123,7 +131,7 @@ def curvature_layers(model: nn.Module, exclude: Iterable[str] = ()) -> dict[str,
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, *CONVOLUTIONS))
+        if isinstance(module, (nn.Linear, nn.Embedding, *CONVOLUTIONS))
         and any(p.requires_grad for p in module.parameters())
         and name not in set(exclude)
     }
@@ -135,17 +143,25 @@ def groups_of(layer: nn.Module) -> int:
 
 def parts(layer: nn.Module) -> list[nn.Parameter]:
     """The trained parameters of a layer, weight first."""
-    return [p for p in (layer.weight, layer.bias) if p is not None and p.requires_grad]
+    own = (layer.weight, getattr(layer, "bias", None))
+    return [p for p in own if p is not None and p.requires_grad]
 
 
 def matrix(layer: nn.Module, values: Sequence[Tensor]) -> Tensor:
     """Tensors shaped as `parts` as one ``(groups, d_out, d_in)`` matrix per group."""
+    if isinstance(layer, nn.Embedding):
+        return values[0].T[None]  # a row for each entry, which is a column of W
     columns = torch.cat([v.reshape(len(v), -1) for v in values], 1)
     return columns.reshape(groups_of(layer), -1, columns.shape[1])
 
 
 def patches(layer: nn.Module, x: Tensor) -> Tensor:
     """What a layer multiplies its weight with, ``(groups, N, T, d_in)``, no entry for the bias."""
+    if isinstance(layer, nn.Embedding):
+        rows = torch.eye(layer.num_embeddings, dtype=layer.weight.dtype)
+        if layer.padding_idx is not None:
+            rows[layer.padding_idx] = 0
+        return rows[x.reshape(len(x), -1)][None]
     if isinstance(layer, nn.Linear):
         return x.reshape(len(x), -1, x.shape[-1])[None]
     kernel, dilation = layer.kernel_size, layer.dilation
@@ -172,7 +188,7 @@ def patches(layer: nn.Module, x: Tensor) -> Tensor:
 
 def positions(layer: nn.Module, g: Tensor) -> Tensor:
     """A layer's output gradient as ``(groups, N, T, d_out)``."""
-    if isinstance(layer, nn.Linear):
+    if isinstance(layer, (nn.Linear, nn.Embedding)):
         return g.reshape(len(g), -1, g.shape[-1])[None]
     return torch.stack([part.flatten(2).mT for part in g.chunk(layer.groups, 1)])
 
@@ -202,7 +218,7 @@ def measure(
             one = torch.ones_like(a[..., :1])
             trained = [
                 a_part
-                for p, a_part in ((layer.weight, a), (layer.bias, one))
+                for p, a_part in ((layer.weight, a), (getattr(layer, "bias", None), one))
                 if p is not None and p.requires_grad
             ]
             inputs[name].append(torch.cat(trained, -1))
@@ -250,6 +266,7 @@ def measure(
                 weight=torch.tensor(weight, dtype=torch.float64),
                 terms=terms,
                 live=live(name, group),
+                lookups=isinstance(layer, nn.Embedding),
             )
             for group in range(groups_of(layer))
         ]
@@ -302,10 +319,13 @@ class Block:
     """``(A, G)`` or ``(Φ, Ψ)`` at the last refresh; δ, a number, is always the latest."""
     basis: Tensor | None = None
     scale: Tensor | None = None
+    active: list[Tensor] = field(default_factory=list)
+    """How many columns of W are counted as such by damping."""
 
     def update(self, batch: Batch, factors: bool, scale: bool, basis: bool) -> None:
         if factors:
             self.factors = mix(self.factors, self.method.factors(batch), self.factor_decay)
+            self.active = mix(self.active, [batch.active.double()], self.factor_decay)
         if basis:
             previous = self.dense() if self.scale is not None else None
             self.spectra = (self.factors[0], self.factors[1])
@@ -345,7 +365,7 @@ class Block:
         return self._factored(a, g, damping)
 
     def _factored(self, a: Tensor, g: Tensor, damping: float) -> Tensor:
-        pi = math.sqrt((a.trace() / len(a)) / (g.trace() / len(g)))
+        pi = math.sqrt((a.trace() / self.active[0]) / (g.trace() / len(g)))
         root = math.sqrt(damping)
         a = a + pi * root * torch.eye(len(a), dtype=a.dtype)
         g = g + root / pi * torch.eye(len(g), dtype=g.dtype)
@@ -442,6 +462,7 @@ class Optimizer:
         if self.steps % self.factor_every == 0:
             for name, layer in self.layers.items():
                 rows = layer.weight.detach().flatten(1)
+                rows = rows.T if isinstance(layer, nn.Embedding) else rows
                 self.rows[name] = float(sum(row @ row for row in rows)) / len(rows)
         self.steps += 1
         value = loss(self.model(x), y)
@@ -460,6 +481,8 @@ class Optimizer:
         self.velocity[name] = velocity
         if self.nesterov:
             velocity = direction + self.momentum * velocity
+        if isinstance(layer, nn.Embedding):
+            velocity = velocity.mT
         sizes = [p[0].numel() for p in parts(layer)]
         change = velocity.reshape(-1, sum(sizes)).split(sizes, 1)
         with torch.no_grad():
@@ -491,13 +514,16 @@ class Optimizer:
 
     def damping_of(self, name: str) -> float:
         if isinstance(self.damping, Trace):
-            dim = sum(len(block.dense()) for block in self.blocks[name])
-            return max(self.trace(name), self.damping.nu) / dim
+            return max(self.trace(name), self.damping.nu) / self.dim(name)
         if isinstance(self.damping, Mean):
-            return self.damping.ratio * float(torch.trace(self.dense(name))) / len(self.dense(name))
+            return self.damping.ratio * self.trace(name) / self.dim(name)
         if isinstance(self.damping, Relative):
             return self.damping.damping / max(1.0, self.rows[name])
         return self.damping.damping if isinstance(self.damping, Factored) else self.damping
+
+    def dim(self, name: str) -> float:
+        """The layer's parameters, of an embedding's entries only as many as batches see."""
+        return float(sum(b.active[0] * len(b.spectra[1]) for b in self.blocks[name]))
 
     def beta(self, name: str) -> float:
         """β of a fully-connected layer in a convolutional network; 1 for every other layer."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tekfac
-from tekfac.curvature import blocks
+from tekfac.curvature import basis
 from tekfac.layers import ConvLayer, Layer, Sample, layer_of
 from tekfac.layers.uses import PRODUCTS
 
@@ -130,7 +130,7 @@ def test_rotating_rows_or_gradients_makes_no_difference(
     x, y = torch.randn(7, 2, 8, 8, dtype=torch.float64), torch.arange(7) % 3
     found: list[Any] = []
     for rows in (True, False):
-        monkeypatch.setattr(blocks, "rotates_rows", lambda *_, rows=rows: rows)
+        monkeypatch.setattr(basis, "rotates_rows", lambda *_, rows=rows: rows)
         optimizer = getattr(tekfac, method)(copy.deepcopy(model), fisher=fisher)
         F.cross_entropy(optimizer.model(x), y).backward()
         optimizer.step()

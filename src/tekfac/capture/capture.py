@@ -44,7 +44,7 @@ from tekfac.capture.observer import Observer, cleared
 from tekfac.capture.outputs import find_outputs, tensors_of
 from tekfac.capture.passes import Overheard, Pass, Reached, ReachedBehind, parts_of
 from tekfac.checks import first_few
-from tekfac.layers import Assignment, ConvLayer, LinearLayer
+from tekfac.layers import Assignment, ConvLayer, LinearLayer, as_used
 from tekfac.ranks.group import is_parallel, parallel_parts
 
 # Steps that were to measure a layer and did not see it, before that is said.
@@ -375,6 +375,11 @@ class Capture:
         found = search(root.node, self.owner, layers, self._made_weights)
         self.reentrant |= found.reentrant
         self.compiled |= found.compiled
+        for use in found.uses:
+            known = use.name in self._settled or not self.blocks[use.name].empty
+            if known and use.reading.layer.looked_up and not use.reading.product.lookup:
+                # What was measured is the curvature of lookups alone.
+                found.strange.setdefault(use.name, use.node.name())
         for name, kind in found.strange.items():
             self.strange.setdefault(name, kind)
         uses = found.counted()
@@ -439,6 +444,11 @@ class Capture:
                 layer.turn()
             if layer.bias is not None and layer.weight is not None and name not in found.biases:
                 layer.without_bias()
+            own = [other.reading for other in uses if other.name == name]
+            layer = as_used(layer, all(reading.product.lookup for reading in own))
+            self.blocks[name].take(layer)
+            for reading in own:
+                reading.layer = layer
 
     def _measure(
         self,
@@ -492,7 +502,7 @@ class Capture:
         read_scales(wanted)
         for use in wanted:
             x = use.reading.input
-            if x is not None and not use.reading.swapped:
+            if x is not None and not use.reading.product.lookup and not use.reading.swapped:
                 use.reading.layer.check_input(x.mT if use.reading.product.left else x)
         mask = None if used is None else used.flatten(1) if used.dim() > 1 else used[:, None]
         delivery = Delivery(len(output), mask, terms, frozenset(here.given))

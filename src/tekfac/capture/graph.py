@@ -108,7 +108,7 @@ class Reading:
             gradient = gradient[None]
         elif self.product.left:
             gradient = gradient.mT
-        if self.view is not None and self.view.rows is not None:
+        if self.view is not None and self.view.rows is not None and not self._from_part:
             # The other rows of the weight made nothing here.
             whole = gradient.new_zeros(*gradient.shape[:-1], len(self.view.parameter))
             whole[..., self.view.first : self.view.first + self.view.rows] = gradient
@@ -123,9 +123,24 @@ class Reading:
         x = self.input
         if x is None or self.product.geometry is not None:
             return x
+        if self.product.lookup:
+            return self._looked_up(x)
         if x.dim() == 1:
             return x[None]
         return (x.mT if self.product.left else x).flatten(0, -2)
+
+    @property
+    def _from_part(self) -> bool:
+        """Whether entries are those of a part of the table."""
+        return self.product.lookup and self.view is not None and not self.view.turned
+
+    def _looked_up(self, entries: Tensor) -> Tensor:
+        assert self.view is not None
+        assert isinstance(self.layer, LinearLayer)
+        if self._from_part:
+            entries = entries.where(entries < 0, entries + self.view.first)
+        count = self.view.parameter.shape[int(self.view.turned)]
+        return self.layer.looked_up_rows(entries, count)
 
 
 @dataclass(eq=False)

@@ -30,6 +30,9 @@ class Observer(Protocol):
     def pending(self) -> bool:
         """Whether it has been given samples since the last step."""
 
+    def take(self, layer: Layer) -> None:
+        """Go on with the same layer as of another kind, before anything is known."""
+
     def observe(self, sample: Sample) -> None:
         """Take one backward pass."""
 

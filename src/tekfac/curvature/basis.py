@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+from tekfac.curvature.linalg import completed
+from tekfac.curvature.statistics import (
+    carried_over,
+    overlap,
+    rotates_rows,
+    squared_gradients,
+    squared_lookups,
+    squared_rows,
+)
+from tekfac.layers import Layer, Sample
 
 
 @dataclass
@@ -60,6 +72,44 @@ class Basis:
         result = (rest * matrix).baddbmm_(columns, input.mT)
         return result.baddbmm_(output, (columns_rest - rest) * (output.mT @ matrix))
 
+    def squares(
+        self, layer: Layer, sample: Sample, dtype: torch.dtype | None, total: Tensor | None
+    ) -> Tensor:
+        """``Σ_n (U_outᵀ D_n U_in)^∘2`` of a sample.
+
+        Args:
+            layer: whose it is.
+            sample: what it saw.
+            dtype: what is multiplied; None for what `Layer.chunks` gives.
+            total: what to add the sum to, in place.
+
+        Returns:
+            One for each pair of ``output_values`` and ``input_values``.
+        """
+        bases = self.input, self.output
+        if rotates_rows(layer.positions(sample), *bases):
+            for rows in layer.chunks(sample, dtype=dtype):
+                bases = bases[0].to(rows.a.dtype), bases[1].to(rows.a.dtype)
+                total = squared_rows(rows.a, rows.g, *bases, total)
+        else:
+            for gradients in layer.gradients(sample):
+                gradients = gradients.to(dtype or gradients.dtype)
+                bases = bases[0].to(gradients.dtype), bases[1].to(gradients.dtype)
+                total = squared_gradients(gradients, *bases, total)
+        assert total is not None
+        return total
+
+    def carry_over(self, scale: Tensor, new: Basis) -> Tensor:
+        """A rescaling in this basis, in a new one (`statistics.carried_over`)."""
+        sides = ((self.input, new.input), (self.output, new.output))
+        return carried_over(
+            scale, *(overlap(u.to(scale.dtype), v.to(scale.dtype)) for u, v in sides)
+        )
+
+    def whole(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """As many eigenvectors of either side as it is wide, ``(G, d, d)``."""
+        return completed(self.input.to(dtype)), completed(self.output.to(dtype))
+
     @property
     def input_counts(self) -> Tensor:
         """How many directions each of ``input_values`` stands for."""
@@ -74,6 +124,48 @@ class Basis:
     def counts(self) -> Tensor:
         """How many coordinates each pair of values stands for."""
         return self.output_counts[:, None] * self.input_counts
+
+
+class CoordinateBasis(Basis):
+    """A basis whose input side are the inputs' own entries: of a diagonal factor.
+
+    ``input`` has no columns then, and ``input_values`` one for each entry.
+    """
+
+    def apply(self, values: Tensor, matrix: Tensor) -> Tensor:
+        # Turned, as tables lie in memory.
+        values, rows = values.mT, matrix.mT
+        output = self.output.to(matrix.dtype)
+        k_out = output.shape[2]
+        if k_out == output.shape[1]:
+            return (((rows @ output) * values) @ output.mT).mT
+        rest = values[:, :, k_out:]
+        leading = (values[:, :, :k_out] - rest) * (rows @ output)
+        return (rest * rows).baddbmm_(leading, output.mT).mT
+
+    def squares(
+        self, layer: Layer, sample: Sample, dtype: torch.dtype | None, total: Tensor | None
+    ) -> Tensor:
+        if total is None:
+            shape = 1, self.input_values.shape[1], self.output_values.shape[1]
+            # Turned: what belongs to an entry lies together.
+            total = self.input_values.new_zeros(shape).mT
+        for rows in layer.chunks(sample, dtype=dtype):
+            squared_lookups(rows.a, rows.g, self.output.to(rows.g.dtype), total.mT)
+        return total
+
+    def carry_over(self, scale: Tensor, new: Basis) -> Tensor:
+        dtype = scale.dtype
+        return overlap(self.output.to(dtype), new.output.to(dtype)).mT @ scale
+
+    def whole(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        width = self.input_values.shape[1]
+        entries = torch.eye(width, dtype=dtype, device=self.output.device)
+        return entries[None], completed(self.output.to(dtype))
+
+    @property
+    def input_counts(self) -> Tensor:
+        return torch.ones_like(self.input_values[0])
 
 
 def _counts(vectors: Tensor, values: Tensor) -> Tensor:

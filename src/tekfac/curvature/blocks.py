@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -19,10 +19,10 @@ from tekfac.curvature import costs
 from tekfac.curvature.basis import Basis
 from tekfac.curvature.damping import Measured, damping_of
 from tekfac.curvature.factors import Factors
-from tekfac.curvature.kept import ranks_of
-from tekfac.curvature.linalg import completed
+from tekfac.curvature.kept import moments_of
+from tekfac.curvature.moments import Moment
 from tekfac.curvature.sampling import factor_reading
-from tekfac.layers import Layer, Sample
+from tekfac.layers import Layer, Sample, as_used
 from tekfac.verdict import YES, Verdict
 
 DENSE_LIMIT = 8192
@@ -86,7 +86,8 @@ class Block(ABC):
         self.layer = layer
         self.group = group
         self._storage = storage
-        self.factors = self.make_factors(ranks_of(layer, rank), storage)
+        self._rank = rank
+        self.factors = self.make_factors(*moments_of(layer, rank, storage))
         self.basis: Basis | None = None
         self.fc_scale: Tensor | float = 1.0
         """β of the paper: the block is this times the layer's Fisher matrix."""
@@ -197,8 +198,7 @@ class Block(ABC):
         values = self._expanded(self._damped_eigenvalues() if damped else self._eigenvalues())
         parts = []
         for u_in, u_out, s in zip(
-            completed(basis.input.to(values.dtype)),
-            completed(basis.output.to(values.dtype)),
+            *basis.whole(values.dtype),
             values,
             strict=True,
         ):
@@ -221,6 +221,13 @@ class Block(ABC):
         self.held = held
         self.factors.hold(held)
 
+    def take(self, layer: Layer) -> None:
+        """Go on with the same layer as of another kind, before anything is known of it."""
+        if layer is not self.layer:
+            self.layer = layer
+            self.factors = self.make_factors(*moments_of(layer, self._rank, self._storage))
+            self.factors.hold(self.held)
+
     def release(self) -> None:
         """Keep only the shapes of what another rank holds.
 
@@ -233,7 +240,7 @@ class Block(ABC):
             each.to("meta") if each.shape[1] == each.shape[2] else each
             for each in (basis.input, basis.output)
         )
-        self.basis = Basis(input, output, basis.input_values, basis.output_values)
+        self.basis = replace(basis, input=input, output=output)
 
     @property
     def waiting(self) -> bool:
@@ -257,16 +264,21 @@ class Block(ABC):
     @property
     def kept(self) -> tuple[int, int]:
         """How many eigenvectors the input side and the output side keep."""
+        (input, d_in), (output, d_out) = self._sides
+        return input.kept(d_in), output.kept(d_out)
+
+    @property
+    def _sides(self) -> tuple[tuple[Moment, int], tuple[Moment, int]]:
+        """The factors, input side first, and how wide they are."""
         layer, factors = self.layer, self.factors
-        return factors.input.kept(layer.d_in), factors.output.kept(layer.d_out)
+        return (factors.input, layer.d_in), (factors.output, layer.d_out)
 
     @property
     def state_bytes(self) -> int:
         """What the block holds between steps, or will hold once it has a basis."""
-        widths = self.layer.d_in, self.layer.d_out
-        # A factor (or what of it is kept) and as large a basis, and a value for each column.
-        large = sum(2 * d * k for d, k in zip(widths, self.kept, strict=True))
-        values = [k + (k < d) for d, k in zip(widths, self.kept, strict=True)]
+        # Factors, or what of them is kept, eigenvectors, and a value for each of these.
+        large = sum(moment.entries(d) + d * moment.kept(d) for moment, d in self._sides)
+        values = [moment.values(d) for moment, d in self._sides]
         sizes = self._scales(*values) + large, sum(values)
         return self.groups * (
             sizes[0] * self.storage.itemsize + sizes[1] * self.layer.dtype.itemsize
@@ -284,7 +296,9 @@ class Block(ABC):
             self._units = self._units + sample.units
             self._terms = self._terms + self._here(sample.term_count)
             self._work += costs.model_pass(
-                self.groups * sample.examples * self._positions, self.layer.d_in, self.layer.d_out
+                self.groups * sample.examples * self._positions,
+                self.layer.product_width,
+                self.layer.d_out,
             )
         if self.due.factors:
             read = factor_reading(self.layer, sample, self.due.factor_rows)
@@ -352,6 +366,7 @@ class Block(ABC):
                 "its product everywhere, or its bias is not added everywhere"
             )
         self.layer.adopt(tuple(form))
+        self.take(as_used(self.layer, bool(form[1])))
 
     def finish(self, own_mean: bool) -> None:
         """The batch is complete, as far as this rank has seen it.
@@ -447,8 +462,9 @@ class Block(ABC):
     def eigen_shapes(self) -> list[Tensor]:
         """What `eigen` gives where the factors are, as zeros."""
         like, found = self._like(), []
-        for d, k in zip((self.layer.d_in, self.layer.d_out), self.kept, strict=True):
-            found += [like.new_zeros(self.groups, k + (k < d)), like.new_zeros(self.groups, d, k)]
+        for moment, d in self._sides:
+            found.append(like.new_zeros(self.groups, moment.values(d)))
+            found.append(like.new_zeros(self.groups, d, moment.kept(d)))
         return [*found, torch.zeros((), device=like.device)]
 
     def refresh(self, found: list[Tensor]) -> bool:
@@ -460,7 +476,7 @@ class Block(ABC):
         self.factors.input.follow(*input)
         self.factors.output.follow(*output)
         vectors = input[1].to(self.storage), output[1].to(self.storage)
-        new = Basis(*vectors, input[0], output[0])
+        new = self.factors.make_basis(*vectors, input[0], output[0])
         if self.basis is not None:
             self._change_basis(self.basis, new)
         self.basis = new
@@ -474,9 +490,8 @@ class Block(ABC):
     def borrow(self, vectors: Sequence[Tensor]) -> None:
         """Have the eigenvectors that another rank holds, until `release`."""
         assert self.basis is not None
-        values = self.basis.input_values, self.basis.output_values
         if not self.held:
-            self.basis = Basis(vectors[0], vectors[1], *values)
+            self.basis = replace(self.basis, input=vectors[0], output=vectors[1])
 
     def rotate(self) -> None:  # noqa: B027
         """Take what waited for the basis into the sums; nothing where there is no rescaling."""
@@ -533,7 +548,7 @@ class Block(ABC):
         state = {name: self._adopted(name, value) for name, value in state.items()}
         basis = _under(state, "basis.")
         self.factors.load_state_dict(_under(state, "factor."), basis)
-        self.basis = Basis(**basis) if basis else None
+        self.basis = self.factors.make_basis(**basis) if basis else None
         self.release()
         self._row_norm = state["row_norm"]
         self.silent = bool(state["silent"])
@@ -573,7 +588,8 @@ class Block(ABC):
         damping = self._damping() ** 0.5
         input, output = root * basis.input_values, root * basis.output_values
         # Both traces by their dimensions.
-        ratio = (input @ basis.input_counts / self.layer.d_in)[:, None] / (
+        active = self.factors.input.active(self.layer.d_in)
+        ratio = (input @ basis.input_counts / active)[:, None] / (
             output @ basis.output_counts / self.layer.d_out
         )[:, None]
         # A factor that vanishes says nothing about how to share the damping out.
@@ -601,7 +617,9 @@ class Block(ABC):
             return self.fc_scale * self.fisher_trace()
 
         dtype = self._require_basis().input_values.dtype
-        measured = Measured(trace, self._row_norm, self.dim, dtype)
+        (input, d_in), (_, d_out) = self._sides
+        dim = self.groups * d_out * input.active(d_in)
+        measured = Measured(trace, self._row_norm, dim, dtype)
         return damping_of(self.group["damping"], measured)
 
     def _require_basis(self) -> Basis:

@@ -26,13 +26,13 @@ class Measured:
     Args:
         trace: gives the trace of the block; not every rule asks for it.
         row_norm: mean squared norm of the rows of the layer's weight, 0-dimensional.
-        dim: the block's rows.
+        dim: the block's rows; of an embedding those of as many entries as a batch looks up.
         dtype: its precision.
     """
 
     trace: Callable[[], Tensor]
     row_norm: Tensor
-    dim: int
+    dim: Tensor | int
     dtype: torch.dtype
 
 
@@ -65,6 +65,9 @@ class MeanDamping(DampingRule):
     below, as if it were the mean. It is a number without a unit, which means the same in every
     layer, under every likelihood and at every stage of training. This is `TraceDamping` without its
     ν, which has a unit: ratio 1 is the paper's (3.5) wherever a trace exceeds ν.
+
+    In an embedding, whose rare entries have next to no curvature, the mean is that over as many
+    entries as a batch looks up.
 
     KFAC and TKFAC put ``λ_l`` into their factored form, so that each factor gets ``√ratio`` of its
     own mean eigenvalue.

@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from tekfac.curvature.basis import Basis
 from tekfac.curvature.moments import Moment
 from tekfac.curvature.statistics import averaged
 from tekfac.layers import Rows
@@ -23,18 +24,12 @@ class Factors(ABC):
     """A running estimate of a pair of Kronecker factors and the sums of the batch in flight.
 
     Args:
-        ranks: eigenvectors that the input side and the output side keep where they are wide (see
-            `Moment`); None for all.
-        storage: what they are kept in; None for what they are computed in.
-
-    Attributes:
-        input: of shape ``(G, d_in, d_in)``.
-        output: of shape ``(G, d_out, d_out)``.
+        input: what the input side is known by, ``d_in × d_in``.
+        output: the same of the output side, ``d_out × d_out``.
     """
 
-    def __init__(self, ranks: tuple[int | None, int | None], storage: torch.dtype | None) -> None:
-        self.input = Moment(ranks[0], storage)
-        self.output = Moment(ranks[1], storage)
+    def __init__(self, input: Moment, output: Moment) -> None:
+        self.input, self.output = input, output
 
     @abstractmethod
     def add(self, rows: Rows, first: bool) -> None:
@@ -108,6 +103,11 @@ class Factors(ABC):
         """Average the batch's sums in."""
 
     @property
+    def make_basis(self) -> type[Basis]:
+        """What a basis of the two is."""
+        return self.input.make_basis
+
+    @property
     @abstractmethod
     def coefficient(self) -> Tensor:
         """The factor before ``input ⊗ output``, ``(G,)``."""
@@ -130,13 +130,11 @@ class Factors(ABC):
 
     def state_dict(self) -> dict[str, Tensor]:
         """The running estimate, as tensors by name; empty before the first batch."""
-        state = {}
-        for name, moment in self._moments():
-            if moment.value is not None:
-                state[name] = moment.value
-            if moment.trace is not None:
-                state[f"{name}_trace"] = moment.trace
-        return state
+        return {
+            f"{name}{part}": value
+            for name, moment in self._moments()
+            for part, value in moment.state_dict().items()
+        }
 
     def load_state_dict(self, state: dict[str, Tensor], vectors: dict[str, Tensor]) -> None:
         """Take over an estimate returned by `state_dict`.
@@ -146,7 +144,9 @@ class Factors(ABC):
             vectors: the basis' eigenvectors, "input" and "output", if there is a basis.
         """
         for name, moment in self._moments():
-            moment.load(state.get(name), state.get(f"{name}_trace"), vectors.get(name))
+            own = {key: value for key, value in state.items() if key.startswith(name)}
+            parts = {key.removeprefix(name): value for key, value in own.items()}
+            moment.load_state_dict(parts, vectors.get(name))
 
     def _moments(self) -> tuple[tuple[str, Moment], tuple[str, Moment]]:
         return ("input", self.input), ("output", self.output)
@@ -201,8 +201,8 @@ class TraceRestrictedFactors(Factors):
     without any gradient says nothing about either and leaves the estimate as it is.
     """
 
-    def __init__(self, ranks: tuple[int | None, int | None], storage: torch.dtype | None) -> None:
-        super().__init__(ranks, storage)
+    def __init__(self, input: Moment, output: Moment) -> None:
+        super().__init__(input, output)
         self.delta: Tensor | None = None
         self._delta: Tensor | None = None
 

@@ -6,10 +6,30 @@ default are in benchmarks/README.md.
 
 from __future__ import annotations
 
+import torch
+
+from tekfac.curvature.moments import DiagonalMoment, Moment
 from tekfac.layers import Layer
 
 # See `ranks_of`.
 GROUPED = 4
+
+
+def moments_of(
+    layer: Layer, rank: int | None, storage: torch.dtype | None
+) -> tuple[Moment, Moment]:
+    """What a layer's input side and its output side are known by.
+
+    Args:
+        layer: the layer.
+        rank: eigenvectors that wide factors keep; None for all.
+        storage: what estimates are kept in; None for what they are computed in.
+    """
+    ranks = ranks_of(layer, rank)
+    output = Moment(ranks[1], storage)
+    if layer.looked_up:
+        return DiagonalMoment(layer.d_in, layer.dtype, storage), output
+    return Moment(ranks[0], storage), output
 
 
 def ranks_of(layer: Layer, rank: int | None) -> tuple[int | None, int | None]:

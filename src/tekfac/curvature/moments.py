@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
+from tekfac.curvature.basis import Basis, CoordinateBasis
 from tekfac.curvature.linalg import eigh, leading, orthonormal
 from tekfac.curvature.statistics import (
     averaged,
+    counted,
     folded,
     second_moment,
     sketched,
@@ -38,6 +43,9 @@ class Moment:
         held: whether the estimate is kept here, and not by another rank. What batches' sums need of
             it, the trace and the probe, is kept in any case.
     """
+
+    make_basis: ClassVar[type[Basis]] = Basis
+    """What a layer's basis is if its input side is known by this."""
 
     def __init__(self, rank: int | None, storage: torch.dtype | None) -> None:
         self.rank = rank
@@ -103,6 +111,19 @@ class Moment:
             return self.value.shape[2]
         return width if self.rank is None or width <= 3 * self.rank else self.rank
 
+    def values(self, width: int) -> int:
+        """How many eigenvalues there are of ``width``."""
+        kept = self.kept(width)
+        return kept + (kept < width)
+
+    def entries(self, width: int) -> int:
+        """How many numbers of ``width``'s second moment are kept, as far as they are many."""
+        return width * self.kept(width)
+
+    def active(self, width: int) -> Tensor | int:
+        """In how many of ``width`` directions a batch has gradients at all."""
+        return width
+
     def finite(self) -> Tensor:
         """Whether the batch's sum is, 0-dimensional."""
         assert self.sum is not None
@@ -165,9 +186,15 @@ class Moment:
             self.probe, self.value = vectors.to(self.value.dtype), product.to(self.value.dtype)
             self.release()
 
-    def load(self, value: Tensor | None, trace: Tensor | None, vectors: Tensor | None) -> None:
+    def state_dict(self) -> dict[str, Tensor]:
+        """The estimate, as tensors by name; empty before the first batch."""
+        state = {"": self.value, "_trace": self.trace}
+        return {name: value for name, value in state.items() if value is not None}
+
+    def load_state_dict(self, state: Mapping[str, Tensor], vectors: Tensor | None) -> None:
         """Take over an estimate, and the eigenvectors of the basis that it belongs to, if any."""
         self.clear()
+        value, trace = state.get(""), state.get("_trace")
         self.value, self.trace, self.probe = value, trace, None
         if value is not None and trace is not None:
             groups, width, rank = value.shape
@@ -177,6 +204,87 @@ class Moment:
     def clear(self) -> None:
         """Forget the batch in flight."""
         self.sum = self._trace_sum = None
+
+
+class DiagonalMoment(Moment):
+    """That of one-hot rows, which is diagonal: how often each entry was looked up, ``(G, d)``.
+
+    Its eigenvectors are the entries themselves, and none is kept.
+
+    Attributes:
+        seen: how many entries a batch looks up, a running average, ``(1,)``; None before the first.
+
+    Args:
+        width: ``d``, how many entries there are.
+        dtype: what sums are kept in.
+        storage: what the estimate is kept in between steps; None for ``dtype``.
+    """
+
+    make_basis = CoordinateBasis
+
+    def __init__(self, width: int, dtype: torch.dtype, storage: torch.dtype | None) -> None:
+        super().__init__(None, storage)
+        self.width, self.dtype = width, dtype
+        self.seen: Tensor | None = None
+
+    def add(self, rows: Tensor, weights: Tensor | float) -> None:
+        """Add ``Σ_n w_n Σ_t x_nt x_ntᵀ`` for the one-hot ``x`` of these entries, ``(G, N, T)``."""
+        self.sum = counted(rows, weights, self._sum_on(rows.device))
+
+    def _sum_on(self, device: torch.device) -> Tensor:
+        if self.sum is None:
+            return torch.zeros(1, self.width, dtype=self.dtype, device=device)
+        return self.sum
+
+    def sums(self, groups: int, width: int, like: Tensor) -> dict[str, Tensor]:
+        return {"": self._sum_on(like.device).to(like.dtype)}
+
+    def take_sums(self, sums: dict[str, Tensor]) -> None:
+        self.sum = sums[""]
+
+    def kept(self, width: int) -> int:
+        return 0
+
+    def values(self, width: int) -> int:
+        return width
+
+    def entries(self, width: int) -> int:
+        return width
+
+    def average(self, divisor: Tensor | float, past: Tensor | float) -> None:
+        assert self.sum is not None
+        new = self.sum / _for_columns(divisor)
+        old = None if self.value is None or not self.held else self.value.to(new.dtype)
+        self.value = averaged(old, new, _for_columns(past)).to(self.storage or new.dtype)
+        self.seen = averaged(self.seen, (self.sum > 0).sum(dim=1).to(self.dtype), past)
+
+    def active(self, width: int) -> Tensor | int:
+        return width if self.seen is None else self.seen.clamp_min(1).squeeze(0)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        state = super().state_dict()
+        return state if self.seen is None else state | {"_seen": self.seen}
+
+    def load_state_dict(self, state: Mapping[str, Tensor], vectors: Tensor | None) -> None:
+        super().load_state_dict(state, vectors)
+        self.seen = state.get("_seen")
+
+    def add_identity(self, share: Tensor) -> None:
+        assert self.value is not None
+        self.value.add_((share / self.width)[:, None])
+
+    def eigen(self) -> tuple[Tensor, Tensor] | None:
+        """Eigenvalues ``(G, d)`` in the order of the entries, and no eigenvector; None if they
+        can't be had."""
+        assert self.value is not None
+        value = self.value.to(wide(self.value.dtype))
+        if not bool(torch.isfinite(value).all()):
+            return None
+        return value.clamp_min(0), value.new_empty(*value.shape, 0)
+
+
+def _for_columns(value: Tensor | float) -> Tensor | float:
+    return value[:, None] if isinstance(value, Tensor) and value.dim() else value
 
 
 def _for_matrices(value: Tensor | float) -> Tensor | float:

@@ -9,14 +9,7 @@ from tekfac.curvature.basis import Basis
 from tekfac.curvature.blocks import Block
 from tekfac.curvature.damping import FactoredDamping
 from tekfac.curvature.sampling import scale_reading
-from tekfac.curvature.statistics import (
-    averaged,
-    carried_over,
-    overlap,
-    rotates_rows,
-    squared_gradients,
-    squared_rows,
-)
+from tekfac.curvature.statistics import averaged
 from tekfac.layers import Sample
 from tekfac.verdict import Verdict
 
@@ -99,16 +92,7 @@ class CorrectedBlock(Block):
 
     def _add_squares(self, sample: Sample, dtype: torch.dtype | None) -> None:
         assert self.basis is not None
-        bases = self.basis.input, self.basis.output
-        if rotates_rows(self.layer.positions(sample), *bases):
-            for rows in self.layer.chunks(sample, dtype=dtype):
-                bases = bases[0].to(rows.a.dtype), bases[1].to(rows.a.dtype)
-                self._sum = squared_rows(rows.a, rows.g, *bases, self._sum)
-        else:
-            for gradients in self.layer.gradients(sample):
-                gradients = gradients.to(dtype or gradients.dtype)
-                bases = bases[0].to(gradients.dtype), bases[1].to(gradients.dtype)
-                self._sum = squared_gradients(gradients, *bases, self._sum)
+        self._sum = self.basis.squares(self.layer, sample, dtype, self._sum)
 
     def finish(self, own_mean: bool) -> None:
         super().finish(own_mean)
@@ -178,12 +162,8 @@ class CorrectedBlock(Block):
 
     def _change_basis(self, old: Basis, new: Basis) -> None:
         if self.scale is not None and self.held:
-            dtype = self.layer.dtype
-            overlaps = (
-                overlap(u.to(dtype), v.to(dtype))
-                for u, v in ((old.input, new.input), (old.output, new.output))
-            )
-            self.scale = carried_over(self.scale.to(dtype), *overlaps).to(self.storage)
+            carried = old.carry_over(self.scale.to(self.layer.dtype), new)
+            self.scale = carried.to(self.storage)
 
     def _eigenvalues(self) -> Tensor:
         assert self.scale is not None

@@ -54,8 +54,8 @@ def factor_reading(layer: Layer, sample: Sample, rows: float | None) -> Reading:
             None for all.
     """
     positions = layer.positions(sample)
-    there = sample.examples * positions
-    work = layer.groups * there * layer.d_in * (layer.d_in + COPY)
+    there, width = sample.examples * positions, layer.product_width
+    work = layer.groups * there * width * (width + COPY)
     if rows is None or work <= SMALL:
         return Reading(sample.examples)
     stride = min(positions, max(1, round(there / (rows * layer.d_in))))
@@ -70,7 +70,7 @@ def scale_reading(layer: Layer, sample: Sample, examples: int | None) -> Reading
         sample: what it saw.
         examples: the examples to read where there is much work; None for all.
     """
-    positions, d_in, d_out = layer.positions(sample), layer.d_in, layer.d_out
+    positions, d_in, d_out = layer.positions(sample), layer.product_width, layer.d_out
     work = positions * d_in * (d_out + COPY) + min(rotation_costs(positions, d_in, d_out))
     if examples is None or layer.groups * sample.examples * work <= SMALL:
         return Reading(sample.examples)

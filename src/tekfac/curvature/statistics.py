@@ -161,6 +161,46 @@ def squared_rows(
     return total
 
 
+def counted(entries: Tensor, weights: Tensor | float, total: Tensor) -> Tensor:
+    """The diagonal of ``Σ_n w_n Σ_t x_nt x_ntᵀ`` for one-hot rows ``x``, added to ``total``.
+
+    Args:
+        entries: where each row has its 1, ``(1, N, T)``, -1 for a row of zeros.
+        weights: one per example, ``(1, N)``, or one for all.
+        total: what to add to, in place, ``(1, d)``.
+    """
+    each = (entries >= 0).to(total.dtype)
+    each *= weights[:, :, None] if isinstance(weights, Tensor) else weights
+    return total.index_add_(1, entries.flatten().clamp_min(0), each.view(1, -1))
+
+
+def squared_lookups(entries: Tensor, g: Tensor, basis_out: Tensor, total: Tensor) -> Tensor:
+    """`squared_rows` of one-hot rows, in a basis whose input side is the entries themselves.
+
+    A column of ``D_n`` is the sum of the example's rows that looked the same entry up, and most
+    columns are zero: neither they nor one-hot rows are made.
+
+    Args:
+        entries: where each row has its 1, ``(1, N, T)``, -1 for a row of zeros.
+        g: ``(1, N, T, d_out)``.
+        basis_out: ``(1, d_out, k_out)``.
+        total: what to add the sum to, in place, ``(1, d_in, d_out)``, or ``k_out + 1`` in place of
+            ``d_out``: turned, so that what belongs to an entry lies together.
+    """
+    looked_up, rows = entries[0], g[0].flatten(0, 1)
+    first = total.shape[1] * torch.arange(len(looked_up), device=g.device)[:, None]
+    # Rows of one example and entry side by side; each such run has a number, those of zeros one.
+    keys, order = torch.where(looked_up < 0, -1, first + looked_up).flatten().sort()
+    runs = torch.cat([keys.new_zeros(1), keys.diff().ne(0).cumsum(0)])
+    # Room for as many as there are rows: the host need not wait to learn how many runs there are.
+    columns = torch.zeros_like(rows).index_add_(0, runs, rows[order])
+    entry = torch.zeros_like(runs).scatter_(0, runs, looked_up.flatten()[order])
+    columns = torch.where(entry[:, None] < 0, 0, columns)[None, :, None]
+    squares = _with_rest(rotated(columns, basis_out).square_(), columns)[0, :, 0]
+    total[0].index_add_(0, entry.clamp_min(0), squares.to(total.dtype))
+    return total
+
+
 def squared_gradients(
     gradients: Tensor, basis_in: Tensor, basis_out: Tensor, total: Tensor | None = None
 ) -> Tensor:

@@ -6,6 +6,7 @@ nodes of the autograd graph multiply them.
 
 from tekfac.layers.assignment import Assignment, Candidate, assign, layer_of
 from tekfac.layers.convolution import ConvLayer, Geometry
+from tekfac.layers.embedding import EmbeddingLayer, as_used
 from tekfac.layers.layer import Layer
 from tekfac.layers.linear import LinearLayer
 from tekfac.layers.sample import Call, Rows, Sample
@@ -16,6 +17,7 @@ __all__ = [
     "Call",
     "Candidate",
     "ConvLayer",
+    "EmbeddingLayer",
     "Geometry",
     "Layer",
     "LinearLayer",
@@ -23,6 +25,7 @@ __all__ = [
     "Rows",
     "Sample",
     "View",
+    "as_used",
     "assign",
     "layer_of",
     "product_of",

@@ -14,6 +14,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim.swa_utils import AveragedModel
 
 from tekfac.layers.convolution import ConvLayer, Geometry
+from tekfac.layers.embedding import EmbeddingLayer
 from tekfac.layers.layer import Layer
 from tekfac.layers.linear import LinearLayer
 
@@ -101,7 +102,12 @@ def candidates_of(module: nn.Module) -> dict[str, Candidate]:
             found[key] = Candidate(
                 module, key, weight, None, partial(ConvLayer, geometry=Geometry.of(module))
             )
-        elif weight.dim() == 2 and not isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        elif isinstance(module, nn.Embedding):
+            if key == "weight" and not module.scale_grad_by_freq:
+                found[key] = Candidate(
+                    module, key, weight, None, partial(EmbeddingLayer, transposed=True)
+                )
+        elif weight.dim() == 2 and not isinstance(module, nn.EmbeddingBag):
             if bias is not None and not (bias.dim() == 1 and len(bias) in weight.shape):
                 bias = None
             found[key] = Candidate(module, key, weight, bias, _linear(weight, bias))
@@ -137,6 +143,16 @@ def _linear(weight: nn.Parameter, bias: nn.Parameter | None) -> Callable[..., La
     # seen to be used otherwise.
     turned = bias is not None and len(bias) != len(weight)
     return partial(LinearLayer, transposed=turned)
+
+
+def _reason(module: nn.Module) -> str:
+    """Why a module's parameters have no curvature block."""
+    kind = type(module).__name__
+    if isinstance(module, nn.Embedding):
+        return f"{kind} with scale_grad_by_freq=True gets what is no gradient of the loss"
+    if isinstance(module, nn.EmbeddingBag):
+        return f"{kind} adds entries up, so that its input factor is no diagonal matrix"
+    return f"{kind} has no curvature block"
 
 
 def layer_of(module: nn.Module, *, weight: bool = True, name: str = "layer") -> Layer:
@@ -228,8 +244,10 @@ def assign(model: nn.Module, exclude: Sequence[str | type[nn.Module]]) -> Assign
             name == prefix or name.startswith(prefix + ".") or prefix == "" for prefix in prefixes
         ):
             left_out.update(own.values())
-    for name, module in names.items():
-        for key, candidate in candidates_of(module).items():
+    # What is multiplied somewhere is no table, whichever module comes first.
+    tables = [name for name, module in names.items() if isinstance(module, nn.Embedding)]
+    for name in sorted(names, key=tables.__contains__):
+        for key, candidate in candidates_of(names[name]).items():
             parameters = [p for p in (candidate.weight, candidate.bias) if p is not None]
             # Tied: the uses of a weight add up in the block of the module that has it first.
             if any(p in left_out or p in result.owner for p in parameters):
@@ -242,10 +260,6 @@ def assign(model: nn.Module, exclude: Sequence[str | type[nn.Module]]) -> Assign
     for module in names.values():
         for p in module._parameters.values():
             if p is not None and p not in result.owner:
-                reason = (
-                    "left out by exclude"
-                    if p in left_out
-                    else f"{type(module).__name__} has no curvature block"
-                )
+                reason = "left out by exclude" if p in left_out else _reason(module)
                 result.reasons.setdefault(p, reason)
     return result

@@ -38,11 +38,13 @@ class Layer(ABC):
         groups: ``G``.
         d_in: columns per group, the bias's included.
         d_out: rows per group.
+        looked_up: whether inputs are one-hot rows, known by the numbers of their entries.
     """
 
     groups: int = 1
     d_in: int
     d_out: int
+    looked_up: bool = False
 
     def __init__(
         self,
@@ -81,6 +83,11 @@ class Layer(ABC):
         """Shape of ``W``: all groups' rows, and columns."""
         return (self.groups * self.d_out, self.d_in)
 
+    @property
+    def product_width(self) -> int:
+        """Columns that a product with an input goes through; none where inputs are looked up."""
+        return self.d_in
+
     def without_bias(self) -> None:
         """Cover the weight alone from now on: the bias is not added to what the weight makes."""
         self.bias = None
@@ -89,7 +96,7 @@ class Layer(ABC):
     @property
     def form(self) -> tuple[int, ...]:
         """How the layer is used, as far as that is seen at its first use; see `adopt`."""
-        return (int(self.bias is not None),)
+        return (int(self.bias is not None), int(self.looked_up))
 
     def adopt(self, form: tuple[int, ...]) -> None:
         """Be used as a layer whose `form` this is."""
@@ -231,15 +238,7 @@ class Layer(ABC):
             seen = (within + positions * (start - first)).flatten()
             shown = None if live is None else live.gather(1, within)
         rows = rows.to(self._read_as(x, g) if dtype is None else dtype)
-        a = rows.new_empty(self.groups, n, read, self.d_in)
-        if x is not None:
-            columns = self.d_in - (self.bias is not None)
-            self._fill(a[..., :columns], x[span], seen)
-        if self.bias is not None:
-            # From the other side of the weight, no bias was added.
-            a[..., -1] = 0 if call.swapped else 1
-        if shown is not None:
-            a *= shown[None, :, :, None]
+        a = self._inputs(None if x is None else x[span], rows, seen, shown, call.swapped)
         counted = None if live is None else live.sum(dim=1)[None].to(self.dtype)
 
         def norms() -> tuple[Tensor, Tensor]:
@@ -256,6 +255,34 @@ class Layer(ABC):
 
         drawn = (True, False) if call.swapped else (False, True)
         return Rows(a, rows, positions, norms, counted, drawn)
+
+    def _inputs(
+        self,
+        x: Tensor | None,
+        like: Tensor,
+        seen: Tensor | None,
+        live: Tensor | None,
+        swapped: bool,
+    ) -> Tensor:
+        """Inputs as rows ``(G, n, T', d_in)``.
+
+        Args:
+            x: those of ``n`` examples as they came.
+            like: the other side's rows.
+            seen: as of `_fill`.
+            live: which of the rows count, ``(n, T')``; None for all.
+            swapped: whether the weight was multiplied from the other side.
+        """
+        a = like.new_empty(*like.shape[:3], self.d_in)
+        if x is not None:
+            columns = self.d_in - (self.bias is not None)
+            self._fill(a[..., :columns], x, seen)
+        if self.bias is not None:
+            # From the other side of the weight, no bias was added.
+            a[..., -1] = 0 if swapped else 1
+        if live is not None:
+            a *= live[None, :, :, None]
+        return a
 
     def _columns(self, weight: Tensor) -> Tensor:
         """The weight with its rows first and its columns in the order of `_fill`."""

@@ -37,7 +37,7 @@ class LinearLayer(Layer):
 
     def adopt(self, form: tuple[int, ...]) -> None:
         super().adopt(form)
-        if bool(form[1]) != self.transposed:
+        if bool(form[-1]) != self.transposed:
             self.turn()
 
     def resemble(
@@ -57,6 +57,16 @@ class LinearLayer(Layer):
             rows, columns = columns, rows
         self.d_out = rows
         self.d_in = (columns if self.weight is not None else 0) + (self.bias is not None)
+
+    def looked_up_rows(self, entries: Tensor, count: int) -> Tensor:
+        """Rows that look these of ``count`` entries up when they are multiplied with the weight.
+
+        Args:
+            entries: their numbers, ``(R,)``, -1 for a row of zeros.
+            count: how many entries there are.
+        """
+        rows = entries.new_zeros(len(entries), count + 1, dtype=self.dtype)
+        return rows.scatter_(1, entries[:, None] % (count + 1), 1)[:, :count]
 
     def check_input(self, x: Tensor) -> None:
         self._check_width(x, x.shape[-1], self.d_in - (self.bias is not None))

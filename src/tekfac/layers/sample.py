@@ -107,7 +107,8 @@ class Rows:
     """A few examples of a sample as matrices of rows.
 
     Args:
-        a: inputs, ``(G, n, T', d_in)``: at all ``T`` positions, or at some that stand for all.
+        a: inputs, ``(G, n, T', d_in)``: at all ``T`` positions, or at some that stand for all. Of
+            one-hot rows the numbers of their entries, ``(G, n, T')``, -1 for a row of zeros.
         g: output gradients at the same positions, ``(G, n, T', d_out)``.
         positions: ``T``.
         norms: gives ``Σ_t ‖a_nt‖²`` and ``Σ_t ‖g_nt‖²`` over all of them, ``(G, n)`` each: not

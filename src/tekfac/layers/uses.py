@@ -29,6 +29,8 @@ class Product:
         weight: the operand's number.
         bias: that of what is added to each row, None for nothing.
         input: gives the other operand, as it was saved.
+        lookup: whether it is one-hot rows, given as the numbers of the entries, ``(R,)``, -1 for a
+            row of zeros.
         right: whether the weight stands to the right as ``Wᵀ`` (``d_in × d_out``).
         left: whether it stands to the left as ``W``, and inputs are columns.
         geometry: gives a convolution's; None for a matrix product.
@@ -38,6 +40,7 @@ class Product:
     weight: int
     bias: int | None
     input: Callable[[Any], Tensor | None]
+    lookup: bool = False
     right: bool = False
     left: bool = False
     geometry: Callable[[Any], Geometry] | None = None
@@ -58,13 +61,10 @@ def _geometry(node: Any) -> Geometry:
     )
 
 
-def _one_hot(node: Any) -> Tensor:
-    """A table's rows are looked up by multiplying it with these."""
-    indices = node._saved_indices
-    rows = torch.nn.functional.one_hot(indices.flatten(), int(node._saved_weight_sym_argsize_0))
-    padding = node._saved_padding_idx
-    rows[indices.flatten() == padding] = 0
-    return rows.to(torch.get_default_dtype())
+def _entries(node: Any) -> Tensor:
+    """The numbers of the entries that were looked up, -1 for padding, ``(R,)``."""
+    entries: Tensor = node._saved_indices.flatten().long()
+    return entries.where(entries != node._saved_padding_idx, -1)
 
 
 PRODUCTS: dict[str, tuple[Product, ...]] = {
@@ -87,7 +87,7 @@ PRODUCTS: dict[str, tuple[Product, ...]] = {
     ),
     "AddmvBackward0": (Product(1, 0, lambda node: node._saved_vec, left=True),),
     "MvBackward0": (Product(0, None, lambda node: node._saved_vec, left=True),),
-    "EmbeddingBackward0": (Product(0, None, _one_hot, right=True),),
+    "EmbeddingBackward0": (Product(0, None, _entries, right=True, lookup=True),),
     # Where a device has a kernel of its own for the whole layer.
     "LinearBackward0": (Product(1, 2, lambda node: node._saved_input),),
     "ConvolutionBackward0": (
@@ -338,6 +338,8 @@ def product_of(
     """
     found: list[tuple[Product, View | None, View | None]] = []
     edges = node.next_functions
+    if getattr(node, "_saved_scale_grad_by_freq", False):
+        return ()  # what it gives the table is no gradient of the loss
     for product in PRODUCTS.get(node.name(), ()):
         weight = View.of(edges[product.weight])
         if weight is None and product.geometry is None:

@@ -1,4 +1,4 @@
-"""The rule for parameters that no curvature block covers: norm layers, embeddings and the like."""
+"""The rule for parameters that no curvature block covers: of norm layers and the like."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
-SUPPORTED = "matrices that rows are multiplied by, convolutions"
+SUPPORTED = "matrices that rows are multiplied by, embeddings, convolutions"
 
 
 class NaturalGradient(torch.optim.Optimizer):
@@ -66,7 +66,7 @@ class NaturalGradient(torch.optim.Optimizer):
 
     Weight decay is decoupled, ``θ ← θ − lr · weight_decay · θ``, as in AdamW: the penalty's
     gradient is not part of the likelihood that the Fisher matrix belongs to. All other parameters
-    (norm layers, embeddings, free parameters) are trained by ``first_order``. Until a layer's
+    (norm layers, free parameters) are trained by ``first_order``. Until a layer's
     curvature has been measured (its first batch was not finite, it never ran as a module of its
     own, no gradient reached it yet) its parameters are too.
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tekfac.curvature.blocks import Block
 from tekfac.curvature.damping import packed_damping, unpacked_damping
+from tekfac.layers import as_used
 
 PREFIX = "block."
 
@@ -28,6 +29,7 @@ def layout_of(groups: Groups, blocks: Blocks) -> dict[str, dict[str, Any]]:
     return {
         name: {
             "shape": list(block.shape),
+            "looked_up": block.layer.looked_up,
             "transposed": getattr(block.layer, "transposed", False),
             "parameters": [index[p] for p in block.layer.parameters],
         }
@@ -102,6 +104,9 @@ def normal_form(state_dict: dict[str, Any], groups: Groups, blocks: Blocks) -> d
             f"only {sorted(state_dict)}"
         )
     packed["tekfac"] = own
+    for name, block in blocks.items():
+        if block.layer.looked_up:  # no layer in older states
+            own["blocks"].setdefault(name, None)
     if any(isinstance(group.get("first_order"), bool) for group in packed["param_groups"]):
         _join_groups(packed, groups, blocks)
     keys = [key for group in packed["param_groups"] for key in group["params"]]
@@ -182,6 +187,8 @@ def check_fits(
             blocks[name].layer.resemble(
                 tuple(each["shape"]), len(each["parameters"]), each.get("transposed")
             )
+            # Older states have no tables that are only looked up.
+            blocks[name].take(as_used(blocks[name].layer, each.get("looked_up", False)))
     layout = {
         name: each
         for name, each in layout_of(groups, blocks).items()
