@@ -194,7 +194,6 @@ class Table(nn.Module):
         (lambda x, w: F.embedding(x.int(), w), (TOKENS, WIDTH)),
         (lambda x, w: checkpoint(F.embedding, x, w, use_reentrant=False), (TOKENS, WIDTH)),
     ],
-    ids=str,
 )
 def test_functions(use: Callable[[Tensor, Tensor], Tensor], shape: tuple[int, int]) -> None:
     """The block of EKFAC is the best diagonal of the true matrix in its basis."""

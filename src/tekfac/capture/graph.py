@@ -108,15 +108,26 @@ class Reading:
             gradient = gradient[None]
         elif self.product.left:
             gradient = gradient.mT
-        if self.view is not None and self.view.rows is not None and not self._from_part:
+        if self._cuts_outputs:
             # The other rows of the weight made nothing here.
-            whole = gradient.new_zeros(*gradient.shape[:-1], len(self.view.parameter))
-            whole[..., self.view.first : self.view.first + self.view.rows] = gradient
-            gradient = whole
+            gradient = self._whole(gradient, 1 if self.product.geometry is not None else -1)
         if self.scale is not None:
             axes = gradient.dim() - 2 if self.product.geometry is not None else 0
             gradient = gradient * self.scale.to(gradient.dtype).reshape(-1, *[1] * axes)
         return gradient if self.product.geometry is not None else gradient.flatten(0, -2)
+
+    def read(self, node: Any) -> Tensor | None:
+        """The product's input as its node has saved it; None if it was not."""
+        saved = self.product.input(node)
+        if saved is None:
+            return None
+        x = saved.detach()
+        if self.view is None or self.view.rows is None or self._cuts_outputs or self.product.lookup:
+            return x
+        # Of the other rows of an input-first weight the inputs are as good as zeros.
+        if self.product.geometry is not None:
+            return self._whole(x, 1)
+        return self._whole(x, -2 if self.product.left and x.dim() > 1 else -1)
 
     def input_rows(self) -> Tensor | None:
         """Its input likewise."""
@@ -130,14 +141,28 @@ class Reading:
         return (x.mT if self.product.left else x).flatten(0, -2)
 
     @property
-    def _from_part(self) -> bool:
-        """Whether entries are those of a part of the table."""
-        return self.product.lookup and self.view is not None and not self.view.turned
+    def _cuts_outputs(self) -> bool:
+        """Whether the product has some of the parameter's rows, and these are outputs."""
+        view = self.view
+        if view is None or view.rows is None:
+            return False
+        return (view.turned == self.product.right) != self.transposed
+
+    def _whole(self, part: Tensor, dim: int) -> Tensor:
+        """With zeros for the rows of the parameter that the product has not, along a dimension."""
+        view = self.view
+        assert view is not None
+        assert view.rows is not None
+        shape = list(part.shape)
+        shape[dim] = len(view.parameter)
+        whole = part.new_zeros(shape)
+        whole.narrow(dim, view.first, view.rows).copy_(part)
+        return whole
 
     def _looked_up(self, entries: Tensor) -> Tensor:
         assert self.view is not None
         assert isinstance(self.layer, LinearLayer)
-        if self._from_part:
+        if not self._cuts_outputs:
             entries = entries.where(entries < 0, entries + self.view.first)
         count = self.view.parameter.shape[int(self.view.turned)]
         return self.layer.looked_up_rows(entries, count)
@@ -341,8 +366,7 @@ def read_inputs(uses: Collection[Use]) -> None:
     def read(gradient: Tensor) -> None:
         for use in uses:
             if use.reading.view is not None:
-                saved = use.reading.product.input(use.node)
-                use.reading.input = None if saved is None else saved.detach()
+                use.reading.input = use.reading.read(use.node)
 
     with own_pass(), torch.enable_grad():
         start = torch.zeros((), requires_grad=True)
