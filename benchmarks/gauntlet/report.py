@@ -10,7 +10,7 @@ from pathlib import Path
 
 from benchmarks.gauntlet.curves import curves_figure
 from benchmarks.gauntlet.optimizers import CONTENDERS
-from benchmarks.gauntlet.runner import EVALUATIONS, Point, Result, words
+from benchmarks.gauntlet.runner import EVALUATIONS, Point, Result, shown, words
 from benchmarks.gauntlet.search import Choice, Plan
 from benchmarks.gauntlet.tasks.task import Task
 from tekfac.runs.files import markdown, write_csv, write_figure, write_text
@@ -252,7 +252,7 @@ def _grids(plan: Plan) -> str:
             settings = [job.settings for job in plan.searched(task, name)]
             keys = settings[0] if settings else ()
             values = (
-                f"{key} {', '.join(f'{v:g}' for v in sorted({s[key] for s in settings}))}"
+                f"{key} {', '.join(shown(v) for v in sorted({s[key] for s in settings}))}"
                 for key in keys
             )
             tried.setdefault(" × ".join(values) or "nothing", []).append(task)

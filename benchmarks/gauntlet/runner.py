@@ -31,12 +31,14 @@ EVALUATION_BATCH = 250
 Status = Literal["done", "diverged"]
 
 
+def shown(value: Any) -> str:
+    """A setting's value as a table or a file's name shows it."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def words(settings: Settings) -> str:
-    """Settings as a table or a file's name shows them."""
-    return " ".join(
-        f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
-        for name, value in settings.items()
-    )
+    """Settings likewise."""
+    return " ".join(f"{name}={shown(value)}" for name, value in settings.items())
 
 
 @dataclass(frozen=True)
