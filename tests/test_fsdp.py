@@ -440,6 +440,25 @@ def test_a_state_in_parts_fits_the_same_parts_only() -> None:
         assert "is divided among ranks in another way than the model" in told
 
 
+@pytest.mark.parametrize("storage", [None, torch.bfloat16])
+@pytest.mark.parametrize("method", METHODS)
+def test_blank_estimates_have_the_form_of_real_ones(
+    method: str, storage: torch.dtype | None
+) -> None:
+    """What `torch.distributed.checkpoint` loads into, of a block that was not measured yet."""
+    model = Mixed()
+    optimizer = getattr(tekfac, method)(model, rank=2, storage=storage)
+    both(model(torch.randint(7, (12, 4))), torch.randint(3, (12,))).backward()
+    optimizer.step()
+    assert "table" in optimizer.blocks
+    for block in optimizer.blocks.values():
+        real, blank = block.state_dict(), block.blank()
+        assert real.keys() - blank.keys() == {"row_norm", "silent", "positions"}
+        for name, value in blank.items():
+            assert (value.shape, value.dtype) == (real[name].shape, real[name].dtype), name
+            assert not value.any()
+
+
 def test_a_state_that_lost_estimates_is_told() -> None:
     model = network_of("mlp")
     optimizer = tekfac.TEKFAC(model, **options_of("TEKFAC"))

@@ -275,6 +275,10 @@ class DiagonalMoment(Moment):
         super().load_state_dict(state, vectors)
         self.seen = state.get("_seen")
 
+    def blank(self, groups: int, width: int, like: Tensor) -> dict[str, Tensor]:
+        value = like.new_zeros(1, width, dtype=self.storage)
+        return {"": value, "_seen": like.new_zeros(1)}
+
     def add_identity(self, share: Tensor) -> None:
         assert self.value is not None
         self.value.add_((share / self.width)[:, None])
