@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -75,9 +76,38 @@ def as_averaged(shares: Sequence[Batch]) -> Loss:
     return loss
 
 
-def data_of(network: str, examples: int) -> list[Batch]:
+def with_missing(data: Sequence[Batch], sizes: Sequence[int]) -> list[Batch]:
+    """Some terms are left out, unevenly, and all of the last rank's in the second batch."""
+    result = []
+    for number, (x, y) in enumerate(data):
+        y = y.clone()
+        y[:3] = -100
+        if number == 1:
+            y[-sizes[-1] :] = -100
+        result.append((x, y))
+    return result
+
+
+def centrally(
+    model: nn.Module, method: str, fisher: str, data: Sequence[Batch], sizes: Sequence[int]
+) -> dict[str, Tensor]:
+    """One process whose curvature is of the mean over all terms, and its gradient the ranks'."""
+    optimizer = getattr(tekfac, method)(model, **options_of(method, fisher=fisher))
+    for number, (x, y) in enumerate(data):
+        optimizer.zero_grad()
+        cross_entropy(model(x), y).backward()
+        twin = copy.deepcopy(model)
+        twin.zero_grad()
+        as_averaged([part[number] for part in shards(data, sizes)])(twin(x), y).backward()
+        for p, other in zip(model.parameters(), twin.parameters(), strict=True):
+            p.grad = other.grad
+        optimizer.step()
+    return parameters(model)
+
+
+def data_of(network: str, examples: int, steps: int = STEPS) -> list[Batch]:
     torch.manual_seed(1)
-    return [batch(network, examples) for _ in range(STEPS)]
+    return [batch(network, examples) for _ in range(steps)]
 
 
 def network_of(name: str) -> nn.Module:

@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import tekfac
@@ -188,22 +187,6 @@ def joined() -> None:
 def test_join() -> None:
     for result in outcomes(2, joined, seconds=SECONDS):
         assert "NotImplementedError: ranks that run out of batches" in str(result)
-
-
-def divided_parameters(way: str) -> None:
-    mesh = dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),))
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
-    if way == "fully_shard":
-        dist.fsdp.fully_shard(model, mesh=mesh)
-    else:
-        model[0].weight = nn.Parameter(distribute_tensor(model[0].weight.detach(), mesh))
-    tekfac.TEKFAC(model)
-
-
-@pytest.mark.parametrize("way", ["fully_shard", "distribute_tensor"])
-def test_parameters_that_are_divided(way: str) -> None:
-    for result in outcomes(2, divided_parameters, way, seconds=SECONDS):
-        assert "NotImplementedError: parameter '0.weight' is a DTensor" in str(result)
 
 
 def wrong_groups() -> list[str]:

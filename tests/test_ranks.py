@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,7 +20,7 @@ from ranked import (
     TOLERANCE,
     Batch,
     alone,
-    as_averaged,
+    centrally,
     close,
     cross_entropy,
     data_of,
@@ -31,6 +30,7 @@ from ranked import (
     parameters,
     shards,
     train,
+    with_missing,
 )
 
 PLACEMENTS = ["replicated", "sharded"]
@@ -52,18 +52,6 @@ def test_exact_fisher(method: str, network: str, placement: str) -> None:
 # -- what divides what -----------------------------------------------------------------------------
 
 
-def with_missing(data: Sequence[Batch], sizes: Sequence[int]) -> list[Batch]:
-    """Some terms are left out, unevenly, and all of the last rank's in the second batch."""
-    result = []
-    for number, (x, y) in enumerate(data):
-        y = y.clone()
-        y[:3] = -100
-        if number == 1:
-            y[-sizes[-1] :] = -100
-        result.append((x, y))
-    return result
-
-
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("fisher", ["exact", "empirical"])
 def test_uneven_terms(method: str, fisher: str) -> None:
@@ -79,23 +67,6 @@ def test_uneven_terms(method: str, fisher: str) -> None:
     options = {"fisher": fisher}
     for found, _ in together(2, on_ranks, "mlp", method, data, sizes, options):
         close(found, expected, TOLERANCE)
-
-
-def centrally(
-    model: nn.Module, method: str, fisher: str, data: Sequence[Batch], sizes: Sequence[int]
-) -> dict[str, Tensor]:
-    """One process whose curvature is of the mean over all terms, and its gradient the ranks'."""
-    optimizer = getattr(tekfac, method)(model, **options_of(method, fisher=fisher))
-    for number, (x, y) in enumerate(data):
-        optimizer.zero_grad()
-        cross_entropy(model(x), y).backward()
-        twin = copy.deepcopy(model)
-        twin.zero_grad()
-        as_averaged([part[number] for part in shards(data, sizes)])(twin(x), y).backward()
-        for p, other in zip(model.parameters(), twin.parameters(), strict=True):
-            p.grad = other.grad
-        optimizer.step()
-    return parameters(model)
 
 
 def accumulated(

@@ -20,6 +20,12 @@ def squares(values: Tensor) -> Tensor:
     return wider.square()
 
 
+def undivided(tensor: Tensor) -> Tensor:
+    """All of a `DTensor`, for which all ranks that have parts of it ask; others as they are."""
+    gather = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()
+
+
 def wide(dtype: torch.dtype) -> torch.dtype:
     """What sums of such numbers are kept in: float32 at least."""
     return torch.promote_types(dtype, torch.float32)

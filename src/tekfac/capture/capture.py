@@ -45,6 +45,7 @@ from tekfac.capture.outputs import find_outputs, tensors_of
 from tekfac.capture.passes import Overheard, Pass, Reached, ReachedBehind, parts_of
 from tekfac.checks import first_few
 from tekfac.layers import Assignment, ConvLayer, LinearLayer, as_used
+from tekfac.ranks.fully_sharded import Leaves, sharded_parts, whole
 from tekfac.ranks.group import is_parallel, parallel_parts
 
 # Steps that were to measure a layer and did not see it, before that is said.
@@ -129,6 +130,7 @@ class Capture:
         self._made: dict[int, Tensor] = {}
         self._unfused = ExitStack()
         self._parallel_parts = parallel_parts(model)
+        self._sharded_parts = sharded_parts(model)
         self._recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
         for module in model.modules():
             drop_inert(module)
@@ -371,8 +373,26 @@ class Capture:
         closed = not self._handles
         if closed or measuring() or number in here.done or self._is_part(here, number):
             return
+        with whole(self._sharded_parts) as leaves:
+            self._look(here, number, root, gradient, leaves)
+
+    def _look(
+        self,
+        here: Pass,
+        number: int,
+        root: GradientEdge,
+        gradient: Tensor | None,
+        leaves: Leaves,
+    ) -> None:
+        """Look for products behind an output, and measure them."""
         layers = {name: block.layer for name, block in self.blocks.items()}
-        found = search(root.node, self.owner, layers, self._made_weights)
+        found = search(
+            root.node,
+            leaves.standing_for(self.owner),
+            layers,
+            leaves.standing_for(dict.fromkeys(self._made_weights)),
+            leaves.parameters,
+        )
         self.reentrant |= found.reentrant
         self.compiled |= found.compiled
         for use in found.uses:
@@ -399,7 +419,7 @@ class Capture:
             if task != self._task:
                 self._task = task
                 self._behind.clear()
-                self._begin()
+                self._begin(leaves)
             if len(here.outputs) > 1 or not self.called:
                 self._behind.update(map(_identity, found.nodes))
             self._settle(found, uses)
@@ -416,10 +436,10 @@ class Capture:
         same = self._task == torch._C._current_graph_task_id()
         return same and _identity(node) in self._behind
 
-    def _begin(self) -> None:
+    def _begin(self, leaves: Leaves) -> None:
         """A backward pass begins: forget what came along with gradients that are gone by now."""
         pending = [block for block in self.blocks.values() if block.pending]
-        gone = cleared([block.layer.parameters for block in pending])
+        gone = cleared([block.layer.parameters for block in pending], leaves)
         for block, without in zip(pending, gone, strict=True):
             if without:
                 block.discard()

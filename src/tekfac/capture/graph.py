@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -239,14 +240,16 @@ def search(
     owner: Mapping[nn.Parameter, str],
     layers: Mapping[str, Layer],
     made: Collection[nn.Parameter] = (),
+    leaves: Mapping[Tensor, nn.Parameter] = MappingProxyType({}),
 ) -> Found:
     """Look for products with layers' weights in all of the graph behind a node.
 
     Args:
         root: where to begin.
-        owner: the layer that each parameter belongs to.
+        owner: the layer that each parameter (leaf of the graph) belongs to.
         layers: those to look for, by name.
         made: weights in whose place a function of them may be multiplied.
+        leaves: for leaves that stand in the place of layers' parameters, these.
     """
     seen = {root}
     found = Found(seen)
@@ -318,9 +321,10 @@ def search(
         name = owner.get(parameter)
         others = nodes - explained.get(parameter, set())
         if name is not None and name in layers and others:
-            if parameter is layers[name].bias:
+            own = leaves.get(parameter, parameter)
+            if own is layers[name].bias:
                 found.biases.discard(name)
-            elif parameter is layers[name].weight:
+            elif own is layers[name].weight:
                 found.strange[name] = min(
                     f"{other.name()} before {consumers[other]}"
                     if multiplies(consumers.get(other, ""))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tekfac.layers import Layer, Sample
+from tekfac.ranks.fully_sharded import Leaves
 
 
 class Observer(Protocol):
@@ -40,8 +41,14 @@ class Observer(Protocol):
         """Forget what was given since the last step."""
 
 
-def cleared(layers: Sequence[Sequence[nn.Parameter]]) -> list[bool]:
-    """Of which layers the gradients that were there are gone, by whoever cleared them."""
+def cleared(layers: Sequence[Sequence[nn.Parameter]], leaves: Leaves) -> list[bool]:
+    """Of which layers the gradients that were there are gone, by whoever cleared them.
+
+    Of a divided parameter that is told by whether there is one: where a rank's part of it is zero,
+    another's need not be.
+    """
+    if leaves.parameters:
+        return [all(p.grad is None and p not in leaves.waiting for p in each) for each in layers]
     left: dict[int, Tensor] = {}
     for number, parameters in enumerate(layers):
         grads = [p.grad for p in parameters if p.grad is not None]

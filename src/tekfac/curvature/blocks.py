@@ -541,6 +541,18 @@ class Block(ABC):
             "positions": torch.tensor(self.positions),
         }
 
+    def blank(self) -> dict[str, Tensor]:
+        """Zeros in the form of what `state_dict` has of a block that has a curvature."""
+        layer, like = self.layer, self._like()
+        factors = self.factors.blank(self.groups, layer.d_in, layer.d_out, like)
+        input_values, input, output_values, output, _ = self.eigen_shapes()
+        vectors = input.to(self.storage), output.to(self.storage)
+        basis = vars(Basis(*vectors, input_values, output_values))
+        return {
+            **{f"factor.{name}": value for name, value in factors.items()},
+            **{f"basis.{name}": value for name, value in basis.items()},
+        }
+
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take over what `state_dict` gave, in copies on the layer's device and as kept here."""
         self.discard()

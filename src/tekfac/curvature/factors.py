@@ -60,6 +60,14 @@ class Factors(ABC):
             own = {key: value for key, value in sums.items() if key.startswith(name)}
             moment.take_sums({key.removeprefix(name): value for key, value in own.items()})
 
+    def blank(self, groups: int, d_in: int, d_out: int, like: Tensor) -> dict[str, Tensor]:
+        """Zeros in the form of `state_dict`."""
+        return {
+            f"{name}{part}": value
+            for (name, moment), width in zip(self._moments(), (d_in, d_out), strict=True)
+            for part, value in moment.blank(groups, width, like).items()
+        }
+
     @abstractmethod
     def scale_gradients(self, square: Tensor | float) -> None:
         """Multiply the batch's sums as if every ``g`` had been multiplied by the root of this."""
@@ -222,6 +230,9 @@ class TraceRestrictedFactors(Factors):
     def take_sums(self, sums: dict[str, Tensor]) -> None:
         super().take_sums(sums)
         self._delta = sums["delta"]
+
+    def blank(self, groups: int, d_in: int, d_out: int, like: Tensor) -> dict[str, Tensor]:
+        return super().blank(groups, d_in, d_out, like) | {"delta": like.new_zeros(groups)}
 
     def scale_gradients(self, square: Tensor | float) -> None:
         self.input.scale_sums(square)

@@ -177,6 +177,12 @@ class Moment:
         rest = ((self.trace - values.sum(dim=1)) / others).clamp_min(0)
         return torch.cat([values, rest[:, None]], dim=1), vectors
 
+    def blank(self, groups: int, width: int, like: Tensor) -> dict[str, Tensor]:
+        """Zeros in the form of the estimate: the value, and the trace along with a part of it."""
+        kept = self.kept(width)
+        blank = {"": like.new_zeros(groups, width, kept, dtype=self.storage)}
+        return blank | ({"_trace": like.new_zeros(groups)} if kept < width else {})
+
     def follow(self, values: Tensor, vectors: Tensor) -> None:
         """Go on from a basis taken into use, by `eigen`, if only its part of the matrix is kept."""
         if self.probe is not None:
@@ -268,6 +274,10 @@ class DiagonalMoment(Moment):
     def load_state_dict(self, state: Mapping[str, Tensor], vectors: Tensor | None) -> None:
         super().load_state_dict(state, vectors)
         self.seen = state.get("_seen")
+
+    def blank(self, groups: int, width: int, like: Tensor) -> dict[str, Tensor]:
+        value = like.new_zeros(1, width, dtype=self.storage)
+        return {"": value, "_seen": like.new_zeros(1)}
 
     def add_identity(self, share: Tensor) -> None:
         assert self.value is not None

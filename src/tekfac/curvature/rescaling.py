@@ -84,6 +84,13 @@ class CorrectedBlock(Block):
         state = super().state_dict()
         return state if self.scale is None else state | {"scale": self.scale}
 
+    def blank(self) -> dict[str, Tensor]:
+        blank = super().blank()
+        rows, columns = (blank[f"basis.{side}_values"].shape[1] for side in ("output", "input"))
+        return blank | {
+            "scale": self._like().new_zeros(self.groups, rows, columns).to(self.storage)
+        }
+
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         super().load_state_dict(state)
         scale = state.get("scale")

@@ -8,14 +8,15 @@ so each is a layer of its own with its own block.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from tekfac.layers.sample import Call, Rows, Sample, side_by_side
-from tekfac.numerics import square_norms, wide
+from tekfac.numerics import square_norms, undivided, wide
 
 # Entries of a layer's inputs made at once (4 MiB in float32, near a core's cache): examples are
 # gone through in chunks, so that no patch matrix is ever held whole.
@@ -59,7 +60,7 @@ class Layer(ABC):
     def _measure(self) -> None:
         """Set the sizes."""
         self.d_out = self.full.shape[0] // self.groups
-        columns = self.full[0].numel() if self.weight is not None else 0
+        columns = math.prod(self.full.shape[1:]) if self.weight is not None else 0
         self.d_in = columns + (self.bias is not None)
 
     @property
@@ -75,7 +76,7 @@ class Layer(ABC):
     @property
     def row_norm(self) -> Tensor:
         """Mean squared norm of the weight's rows, 0-dimensional."""
-        norm: Tensor = torch.linalg.vector_norm(self.full.detach(), dtype=self.dtype)
+        norm = undivided(torch.linalg.vector_norm(self.full.detach(), dtype=self.dtype))
         return norm.square() / (self.groups * self.d_out)
 
     @property
@@ -123,13 +124,21 @@ class Layer(ABC):
         """
         columns = []
         if self.weight is not None:
-            part = torch.zeros_like(self.weight) if weight is None else weight
+            part = _zeros(self.weight) if weight is None else weight
             columns.append(self._columns(part).reshape(self.groups, self.d_out, -1))
         if self.bias is not None:
-            part = torch.zeros_like(self.bias) if bias is None else bias
+            part = _zeros(self.bias) if bias is None else bias
             columns.append(part.reshape(self.groups, self.d_out, 1))
         whole = torch.cat(columns, dim=2) if len(columns) > 1 else columns[0]
         return whole.to(self.dtype)
+
+    def matrix_of(self, values: Mapping[Tensor, Tensor]) -> Tensor:
+        """As `matrix`, what there is for each of `parameters`."""
+        weight, bias = self.weight, self.bias
+        return self.matrix(
+            None if weight is None else values.get(weight),
+            None if bias is None else values.get(bias),
+        )
 
     def split(self, matrix: Tensor) -> list[Tensor]:
         """The inverse of `matrix`: one tensor for each of `parameters`, in its shape."""
@@ -339,3 +348,8 @@ def _spans(examples: int, step: int) -> Iterator[tuple[int, int]]:
     """From which to which example each of several steps goes."""
     for first in range(0, examples, max(1, step)):
         yield first, min(first + max(1, step), examples)
+
+
+def _zeros(like: Tensor) -> Tensor:
+    """Zeros for all of it, of which a rank may have a part."""
+    return torch.zeros(like.shape, dtype=like.dtype, device=like.device)

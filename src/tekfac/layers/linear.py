@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor, nn
 
 from tekfac.layers.layer import Layer
@@ -52,7 +54,7 @@ class LinearLayer(Layer):
                 self.turn()
 
     def _measure(self) -> None:
-        rows, columns = self.full.shape[0], self.full[0].numel()
+        rows, columns = self.full.shape[0], math.prod(self.full.shape[1:])
         if self.transposed:
             rows, columns = columns, rows
         self.d_out = rows

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim.adam import adam
 
 from tekfac.checks import check_decay, check_not_negative
+from tekfac.ranks.shards import local
 from tekfac.verdict import YES, Verdict
 
 
@@ -71,10 +72,10 @@ def adam_step(
         fused["found_inf"] = wanted.inverse()
     decay_weights(params, group, wanted)
     adam(
-        list(params),
-        [p.grad for p in params],  # type: ignore[misc]
-        [state[p]["exp_avg"] for p in params],
-        [state[p]["exp_avg_sq"] for p in params],
+        local(params),
+        local(p.grad for p in params),  # type: ignore[misc]
+        local(state[p]["exp_avg"] for p in params),
+        local(state[p]["exp_avg_sq"] for p in params),
         [],
         [state[p]["step"] for p in params],
         amsgrad=False,
@@ -102,7 +103,7 @@ def decay_weights(
 ) -> None:
     """``θ ← θ − lr · weight_decay · θ``, if ``wanted``."""
     if group["weight_decay"]:
-        multiply(params, 1 - float(group["lr"] * group["weight_decay"]), wanted)
+        multiply(local(params), 1 - float(group["lr"] * group["weight_decay"]), wanted)
 
 
 def multiply(tensors: Sequence[Tensor], factor: float, wanted: Verdict = YES) -> None:

@@ -6,13 +6,19 @@ Alone, one process holds all of them and does everything itself, by the same cal
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from tekfac.curvature.blocks import STORED, Block
 from tekfac.ranks.group import check_alike, digest
 from tekfac.ranks.placement import divided, holders, unit_size
 from tekfac.ranks.ranks import Ranks
+from tekfac.ranks.shards import Divided, Undivided
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 Blocks = Mapping[str, Block]
 
@@ -23,6 +29,7 @@ class Household:
     Args:
         ranks: those that train it together.
         placement: as of `NaturalGradient`.
+        mesh: that which the parameters are divided among; None if every rank has them whole.
 
     Attributes:
         ranks: those.
@@ -30,8 +37,9 @@ class Household:
         homes: which member of a unit holds a block, by the block's name.
     """
 
-    def __init__(self, ranks: Ranks, placement: str | float) -> None:
+    def __init__(self, ranks: Ranks, placement: str | float, mesh: DeviceMesh | None) -> None:
         self.ranks, self.placement = ranks, placement
+        self.shards = Undivided() if mesh is None else Divided(mesh, ranks)
         self.unit = Ranks()
         self.homes: dict[str, int] = {}
         self._alike = False
@@ -127,10 +135,35 @@ class Household:
                 block.rotate()
                 block.release()
 
-    def spread(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors by block, as each is where the block is held."""
-        homes = [self.homes[name] for name in tensors]
-        return dict(zip(tensors, self.unit.spread([*tensors.values()], homes), strict=True))
+    def gather(
+        self, values: Mapping[Tensor, Tensor], covered: Mapping[Tensor, str]
+    ) -> dict[Tensor, Tensor]:
+        """What ranks have for parameters, such as gradients, whole where the block is held.
+
+        Args:
+            values: for each, this rank's part.
+            covered: the block of each.
+        """
+        return self.shards.gather(values, self._homes(covered), self.ranks, self.unit)
+
+    def hand_out(
+        self, found: Mapping[Tensor, Tensor], covered: Mapping[Tensor, str]
+    ) -> dict[Tensor, Tensor]:
+        """What was found for each parameter where its block is held, as far as it is needed here.
+
+        Args:
+            found: of those whose block is held here.
+            covered: the block of each, the others' too.
+        """
+        return self.shards.hand_out(found, self._homes(covered), self.ranks, self.unit)
+
+    def tell(self, numbers: Mapping[str, Tensor], blocks: Blocks) -> list[Tensor]:
+        """A number of each of these blocks, 0-dimensional, as those say that hold them."""
+        said = [
+            numbers.get(name, torch.empty((), dtype=block.layer.dtype, device="meta"))
+            for name, block in blocks.items()
+        ]
+        return self.unit.spread(said, [self.homes[name] for name in blocks])
 
     def learnt(self, blocks: Blocks) -> dict[str, dict[str, Tensor]]:
         """All blocks' estimates by name, also those that other ranks hold."""
@@ -141,3 +174,6 @@ class Household:
         for (name, key), value in zip(shared, whole, strict=True):
             own[name][key] = value
         return own
+
+    def _homes(self, covered: Mapping[Tensor, str]) -> dict[Tensor, int]:
+        return {p: self.homes[name] for p, name in covered.items()}

@@ -7,6 +7,7 @@ is due, and turns preconditioned gradients into steps.
 from __future__ import annotations
 
 import inspect
+import json
 import math
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -39,13 +40,16 @@ from tekfac.optimizer.trial import check_closure, trial_of
 from tekfac.optimizer.unmeasured import check_measured, note_unused
 from tekfac.optimizer.update import (
     Preconditioner,
+    kl_changes,
     momentum_state,
     step_along,
     within_kl,
     within_rms,
 )
+from tekfac.ranks.fully_sharded import plain_parameters
 from tekfac.ranks.group import facts_of, ranks_for
 from tekfac.ranks.placement import check_placement
+from tekfac.ranks.shards import local, mesh_of
 from tekfac.verdict import YES, Verdict
 
 if TYPE_CHECKING:
@@ -153,7 +157,8 @@ class NaturalGradient(torch.optim.Optimizer):
 
         process_group: the ranks that train the model together (docs/ranks.md): a process group, or
             a `DeviceMesh` of one dimension. None for that of a `DistributedDataParallel` in the
-            model, or else for all ranks, if torch.distributed is initialised.
+            model or the mesh that ``fully_shard`` divides it among, or else for all ranks, if
+            torch.distributed is initialised.
         placement: which ranks hold the curvature state: "replicated", all of it on every rank;
             "sharded", each layer's on one rank, which tells the others what it makes of each
             gradient; a number, the part of the state that a rank is to hold at most; "auto",
@@ -165,13 +170,15 @@ class NaturalGradient(torch.optim.Optimizer):
         TypeError: if ``model`` is no module, or an argument is of the wrong type.
         ValueError: for an argument out of its range, a model without any supported layer, or if
             ranks are given different models or settings.
-        NotImplementedError: for a model whose parameters are divided among ranks.
+        NotImplementedError: for a model whose parameters are divided among ranks, unless all are,
+            by ``fully_shard``.
     """
 
     make_block: ClassVar[type[Block]]
     _called = False  # whether the model itself has been called in training
     _cleared = False  # whether gradients were cleared since the closure was called
     _reduction_ratio: float | None = None
+    _initialised = False  # whether torch.distributed.checkpoint asked for all that a state has
     _settings: ClassVar[tuple[str, ...]] = (
         "factor_every",
         "basis_every",
@@ -239,8 +246,9 @@ class NaturalGradient(torch.optim.Optimizer):
 
         self.model = model
         self.placement = placement
-        self._ranks = ranks_for(model, process_group, communication)
-        self._household = Household(self._ranks, placement)
+        mesh = mesh_of(model)
+        self._ranks = ranks_for(model, mesh, process_group, communication)
+        self._household = Household(self._ranks, placement, mesh)
         self.factor_every, self.basis_every = factor_every, basis_every
         self.interval_warmup = interval_warmup
         self.factor_decay, self.kl_clip = factor_decay, kl_clip
@@ -309,7 +317,7 @@ class NaturalGradient(torch.optim.Optimizer):
             "placement": self.placement,
         }
         return {
-            "their parameters": facts_of(dict(self.model.named_parameters())),
+            "their parameters": facts_of(plain_parameters(self.model)),
             "their layers": "\n".join(self._blocks),
             "their settings": "\n".join(f"{name}={value}" for name, value in settings.items()),
             "their parameter groups": "\n".join(
@@ -367,7 +375,7 @@ class NaturalGradient(torch.optim.Optimizer):
         model's modules tell; whether a matrix is multiplied at all is seen when it is.
         """
         return summarised(
-            self.model.named_parameters(),
+            plain_parameters(self.model).items(),
             self._method,
             self._blocks,
             self._assignment,
@@ -549,7 +557,12 @@ class NaturalGradient(torch.optim.Optimizer):
         return loss
 
     def _initialise(self) -> None:
-        """Make the state that a step would, as torch.distributed.checkpoint has it made."""
+        """Make the state that a step would, as torch.distributed.checkpoint has it made.
+
+        It loads only what is there already: of blocks that have no estimates there are blank ones
+        in states from now on.
+        """
+        self._initialised = True
         covered = {p for block in self._blocks.values() for p in block.layer.parameters}
         for group in self.param_groups:
             adam_state([p for p in group["params"] if p not in covered], self.state)
@@ -664,6 +677,8 @@ class NaturalGradient(torch.optim.Optimizer):
         One whose square is beyond float32's range (entries above 1e19) counts as not finite.
         """
         grads = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
+        # Of a small parameter that is divided a rank may have nothing.
+        grads = [grad for grad in local(grads) if grad.numel()]
         if not grads:
             return None
         if any(grad.is_sparse for grad in grads):
@@ -678,10 +693,14 @@ class NaturalGradient(torch.optim.Optimizer):
 
     def _not_finite(self) -> str:
         """Name of a parameter whose gradient is not finite."""
-        for name, p in self.model.named_parameters():
-            if p.grad is not None and not bool(torch.isfinite(p.grad).all()):
-                return repr(name)
-        return "a parameter outside the model"
+        own = ""
+        for name, p in plain_parameters(self.model).items():
+            if p.grad is not None and not bool(torch.isfinite(local([p.grad])[0]).all()):
+                own = repr(name)
+                break
+        # Of a parameter that is divided another rank's part may be it.
+        said = self._ranks.texts(own)
+        return next(filter(None, said), "a parameter outside the model")
 
     def _apply(self, wanted: Verdict) -> None:
         """Turn gradients into steps: preconditioned for the layers, first order for the rest.
@@ -689,30 +708,30 @@ class NaturalGradient(torch.optim.Optimizer):
         Args:
             wanted: whether to take the step.
         """
-        directions: dict[Tensor, Tensor] = {}
-        gradients: dict[str, Tensor] = {}
-        for name, block in self._blocks.items():
-            weight, bias = block.layer.weight, block.layer.bias
-            reached = [p for p in block.layer.parameters if p.grad is not None]
-            if reached and not block.empty:
-                gradients[name] = block.layer.matrix(
-                    None if weight is None else weight.grad, None if bias is None else bias.grad
-                )
-        naturals = self._preconditioner.natural_gradients(
-            self._blocks,
-            {name: each for name, each in gradients.items() if self._blocks[name].held},
-        )
-        naturals = self._household.spread(gradients | naturals)
+        covered: dict[Tensor, str] = {
+            p: name
+            for name, block in self._blocks.items()
+            for p in block.layer.parameters
+            if p.grad is not None and not block.empty
+        }
+        blocks = {name: self._blocks[name] for name in covered.values()}
+        own = {p: p.grad for p in covered if p.grad is not None}
+        whole = self._household.gather(own, covered)
+        gradients = {n: b.layer.matrix_of(whole) for n, b in blocks.items() if b.held}
+        naturals = self._preconditioner.natural_gradients(blocks, gradients)
         if self.kl_clip is not None:
-            naturals = within_kl(naturals, gradients, self._blocks, self.kl_clip)
-        for name, natural in within_rms(naturals, self._blocks).items():
-            layer = self._blocks[name].layer
+            changes = self._household.tell(kl_changes(naturals, gradients, blocks), blocks)
+            naturals = within_kl(naturals, changes, self.kl_clip)
+        found: dict[Tensor, Tensor] = {}
+        for name, natural in within_rms(naturals, blocks).items():
+            layer = blocks[name].layer
             parts = zip(layer.parameters, layer.split(natural), strict=True)
-            directions |= {p: part.to(p.dtype) for p, part in parts if p.grad is not None}
+            found |= {p: part.to(p.dtype) for p, part in parts if p in covered}
+        directions = self._household.hand_out(found, covered)
         for group in self.param_groups:
             ready = [p for p in group["params"] if p.grad is not None]
-            own = {p: directions[p] for p in ready if p in directions}
-            step_along(own, self.state, group, wanted)
+            along = {p: directions[p] for p in ready if p in directions}
+            step_along(along, self.state, group, wanted)
             others = [p for p in ready if p not in directions]
             adam_step(others, self.state, rule_of(group), wanted)
 
@@ -727,12 +746,16 @@ class NaturalGradient(torch.optim.Optimizer):
         parameter.
         """
         packed = super().state_dict()
-        state.add_blocks(
-            packed, self.param_groups, self._blocks, self._household.learnt(self._blocks)
-        )
+        learnt = self._household.learnt(self._blocks)
+        layout = state.layout_of(self.param_groups, self._blocks)
+        for name, each in layout.items():
+            each["estimates"] = list(learnt[name])
+            if self._initialised:
+                learnt[name] = self._blocks[name].blank() | learnt[name]
+        state.add_blocks(packed, self.param_groups, self._blocks, learnt)
         packed["tekfac"] = {
             "method": self._method,
-            "blocks": state.layout_of(self.param_groups, self._blocks),
+            "blocks": layout,
             "settings": {name: getattr(self, name) for name in self._settings},
             "counters": self.counters,
             "position": self._timetable.step,
@@ -745,8 +768,9 @@ class NaturalGradient(torch.optim.Optimizer):
             packed["tekfac"]["generator"] = state_of.hex()
             packed["tekfac"]["seed"] = self._seed
         if packed["param_groups"]:
-            # Where torch.distributed.checkpoint, which knows of nothing else, takes it along.
-            packed["param_groups"][0]["tekfac"] = packed["tekfac"]
+            # Where torch.distributed.checkpoint, which knows of nothing else, takes it along: as
+            # text, which it does not mix with that of the optimizer that it loads into.
+            packed["param_groups"][0]["tekfac"] = json.dumps(packed["tekfac"])
         return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -766,7 +790,11 @@ class NaturalGradient(torch.optim.Optimizer):
         strange = own["blocks"].keys() - self._blocks.keys()
         state.rename(own, {name: plain_name(self.model, name) for name in strange})
         state.check_fits(packed, own, self._method, self.param_groups, self._blocks)
-        learnt = state.take_blocks(packed)
+        learnt = state.take_blocks(packed, own["blocks"])
+        parameters = {i: p for p, i in state.index_of(self.param_groups).items()}
+        for i, values in packed["state"].items():
+            for key, value in values.items():
+                values[key] = self._household.shards.adopt(parameters[i], value)
         super().load_state_dict(packed)
         index, group_of = state.index_of(self.param_groups), self._group_of()
         for block in self._blocks.values():

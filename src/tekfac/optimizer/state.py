@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
+from tekfac.checks import first_few
 from tekfac.curvature.blocks import Block
 from tekfac.curvature.damping import packed_damping, unpacked_damping
 from tekfac.layers import as_used
@@ -71,8 +73,18 @@ def add_blocks(
         group["damping"] = packed_damping(group["damping"])
 
 
-def take_blocks(packed: dict[str, Any]) -> dict[int, dict[str, Tensor]]:
-    """Undo `add_blocks`; the blocks' estimates by the number of the layer's first parameter."""
+def take_blocks(
+    packed: dict[str, Any], layout: Mapping[str, Mapping[str, Any] | None]
+) -> dict[int, dict[str, Tensor]]:
+    """Undo `add_blocks`; the blocks' estimates by the number of the layer's first parameter.
+
+    Args:
+        packed: torch's form, which they are taken out of.
+        layout: as of `layout_of`, and which estimates a block had.
+
+    Raises:
+        ValueError: if some were lost on the way.
+    """
     learnt: dict[int, dict[str, Tensor]] = {}
     for key, values in packed["state"].items():
         learnt[key] = {
@@ -80,6 +92,18 @@ def take_blocks(packed: dict[str, Any]) -> dict[int, dict[str, Tensor]]:
             for name in list(values)
             if name.startswith(PREFIX)
         }
+    for name, each in layout.items():
+        if each is None or "estimates" not in each:  # not there in older states
+            continue
+        key = each["parameters"][0]
+        lost = [part for part in each["estimates"] if part not in learnt.get(key, {})]
+        if lost:
+            raise ValueError(
+                f"this state has lost what layer {name!r} had learnt ({first_few(lost)}): where "
+                "torch.distributed.checkpoint loads into the state of another optimizer, take that "
+                "from get_optimizer_state_dict(model, optimizer), of one that has not trained yet"
+            )
+        learnt[key] = {part: learnt[key][part] for part in each["estimates"]}
     for group in packed["param_groups"]:
         group["damping"] = unpacked_damping(group["damping"])
     packed["state"] = {key: values for key, values in packed["state"].items() if values}
@@ -98,6 +122,8 @@ def normal_form(state_dict: dict[str, Any], groups: Groups, blocks: Blocks) -> d
     packed = copy.deepcopy(state_dict)
     inner = [group.pop("tekfac") for group in packed["param_groups"] if "tekfac" in group]
     own = packed.get("tekfac", inner[0] if inner else None)
+    if isinstance(own, str):  # a dict in older states
+        own = json.loads(own)
     if own is None:
         raise ValueError(
             "this state dict was not made by a tekfac optimizer: it has no entry 'tekfac', "

@@ -19,6 +19,7 @@ from tekfac.capture.graph import own_pass
 from tekfac.curvature.blocks import Block
 from tekfac.curvature.damping import AdaptiveDamping
 from tekfac.optimizer.household import Household
+from tekfac.ranks.shards import local
 
 # A change of the loss is known if it is so many times what the loss is rounded by.
 PRECISE = 8
@@ -98,7 +99,7 @@ class Trial:
                 "gradients before: have the closure call optimizer.zero_grad() first. Gradient "
                 "accumulation belongs inside of it, and it returns the mean loss of all parts"
             )
-        self._before = [p.detach().clone() for p in self._parameters]
+        self._before = [part.detach().clone() for part in local(self._parameters)]
 
     def end(self, blocks: Mapping[str, Block], household: Household) -> float:
         """The parameters have changed: compare, and have the damping follow.
@@ -122,24 +123,27 @@ class Trial:
         return ratio
 
     def _predicted(self, blocks: Mapping[str, Block], household: Household) -> Tensor:
-        """``∇hᵀδ + ½ δᵀ F̂ δ`` of the step, 0-dimensional."""
-        steps = {p: p.detach() - old for p, old in zip(self._parameters, self._before, strict=True)}
+        """``∇hᵀδ + ½ δᵀ F̂ δ`` of the step, 0-dimensional; of all ranks' the mean counts."""
+        own = zip(self._parameters, local(self._parameters), self._before, strict=True)
+        steps = {p: part.detach() - old for p, part, old in own}
         self._before.clear()
         linear = [
-            (p.grad.to(torch.promote_types(p.dtype, torch.float32)) * step).sum()
+            (local([p.grad])[0].to(torch.promote_types(p.dtype, torch.float32)) * step).sum()
+            * household.shards.parts
             for p, step in steps.items()
             if p.grad is not None
         ]
-        bends = {}
-        for name, block in blocks.items():
-            if block.empty:
-                continue
-            weight, bias = block.layer.weight, block.layer.bias
-            matrix = block.layer.matrix(
-                None if weight is None else steps[weight], None if bias is None else steps[bias]
-            )
-            bends[name] = block.curvature_along(matrix) if block.held else matrix.new_zeros(())
-        parts = [*linear, *(each / 2 for each in household.spread(bends).values())]
+        blocks = {name: block for name, block in blocks.items() if not block.empty}
+        covered: dict[Tensor, str] = {
+            p: name for name, block in blocks.items() for p in block.layer.parameters
+        }
+        whole = household.gather(steps, covered)
+        bends = {
+            name: block.curvature_along(block.layer.matrix_of(whole))
+            for name, block in blocks.items()
+            if block.held
+        }
+        parts = [*linear, *(each / 2 for each in household.tell(bends, blocks))]
         if not parts:
             return torch.zeros(())
         return torch.stack([part.to(parts[0]) for part in parts]).sum()

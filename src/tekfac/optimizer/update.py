@@ -13,6 +13,7 @@ from tekfac import verdict
 from tekfac.curvature.blocks import Block
 from tekfac.curvature.stack import Stack
 from tekfac.optimizer.first_order import decay_weights, multiply
+from tekfac.ranks.shards import local
 from tekfac.verdict import Verdict
 
 
@@ -49,19 +50,28 @@ class Preconditioner:
         return result
 
 
-def within_kl(
-    naturals: Mapping[str, Tensor],
-    gradients: Mapping[str, Tensor],
-    blocks: Mapping[str, Block],
-    kl_clip: float,
+def kl_changes(
+    naturals: Mapping[str, Tensor], gradients: Mapping[str, Tensor], blocks: Mapping[str, Block]
 ) -> dict[str, Tensor]:
-    """All natural gradients times ``min(1, sqrt(kl_clip / Σ lr² ⟨u, ∇h⟩))``."""
+    """``lr² ⟨u, ∇h⟩`` of each block: how far its step changes the predictive distribution."""
+    return {
+        name: blocks[name].group["lr"] ** 2 * (natural * gradients[name]).sum()
+        for name, natural in naturals.items()
+    }
+
+
+def within_kl(
+    naturals: Mapping[str, Tensor], changes: Sequence[Tensor], kl_clip: float
+) -> dict[str, Tensor]:
+    """All natural gradients times ``min(1, sqrt(kl_clip / Σ lr² ⟨u, ∇h⟩))``.
+
+    Args:
+        naturals: those of some blocks.
+        changes: the sum's terms, of all blocks.
+        kl_clip: the bound.
+    """
     if not naturals:
         return {}
-    changes = [
-        blocks[name].group["lr"] ** 2 * (natural * gradients[name]).sum()
-        for name, natural in naturals.items()
-    ]
     inner = torch.stack([change.to(changes[0]) for change in changes]).sum()
     clip = (kl_clip / inner.clamp_min(torch.finfo(inner.dtype).tiny)).sqrt().clamp_max(1)
     return {name: natural * clip.to(natural) for name, natural in naturals.items()}
@@ -97,7 +107,7 @@ def step_along(
     """``v ← momentum · v + u``, ``θ ← θ − lr · v`` (3.9), for natural gradients ``u``.
 
     Args:
-        directions: ``u`` of parameters of one group.
+        directions: ``u`` of parameters of one group, or of this rank's parts of them.
         state: a dict for each of them, where ``v`` is kept.
         group: its settings.
         wanted: whether to take the step at all.
@@ -108,7 +118,7 @@ def step_along(
     steps = _zero_unless(wanted, list(directions.values()))
     if group["momentum"]:
         momentum_state(params, state)
-        buffers = [state[p]["momentum_buffer"] for p in params]
+        buffers = local(state[p]["momentum_buffer"] for p in params)
         multiply(buffers, group["momentum"], wanted)
         torch._foreach_add_(buffers, steps)
         if group["nesterov"]:
@@ -117,7 +127,7 @@ def step_along(
             steps = buffers
         steps = _zero_unless(wanted, steps)
     decay_weights(params, group, wanted)
-    torch._foreach_add_(params, steps, alpha=-float(group["lr"]))
+    torch._foreach_add_(local(params), steps, alpha=-float(group["lr"]))
 
 
 def momentum_state(params: Sequence[Tensor], state: Mapping[Tensor, dict[str, Any]]) -> None:

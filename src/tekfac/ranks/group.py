@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -22,12 +21,16 @@ WIRES = (torch.bfloat16, torch.float32, torch.float64)
 
 
 def ranks_for(
-    model: nn.Module, given: dist.ProcessGroup | DeviceMesh | None, wire: torch.dtype | None
+    model: nn.Module,
+    mesh: DeviceMesh | None,
+    given: dist.ProcessGroup | DeviceMesh | None,
+    wire: torch.dtype | None,
 ) -> Ranks:
     """The ranks that train a model.
 
     Args:
         model: the model; a `DistributedDataParallel` in it, or around it, knows its group.
+        mesh: that which the model's parameters are divided among; None if they are not.
         given: the group, or a mesh of one dimension; None for that of the
             `DistributedDataParallel`, or else for all ranks.
         wire: type in which sums of matrices are sent; None for their own.
@@ -35,26 +38,27 @@ def ranks_for(
     Raises:
         TypeError: if ``given`` is neither.
         ValueError: for a mesh of several dimensions, a group that this process is not in, a model
-            with parts in several groups, and a type with less range than float32.
-        NotImplementedError: for a model whose parameters are themselves divided among ranks.
+            with parts in several groups, or divided among other ranks, and a type with less range
+            than float32.
     """
     if wire is not None and wire not in WIRES:
         names = ", ".join(map(str, WIRES))
         raise ValueError(f"communication must be one of {names} or None, got {wire!r}")
-    _check_whole(model)
     if not (dist.is_available() and dist.is_initialized()):
         if given is not None:
             raise ValueError("process_group was given, but torch.distributed is not initialised")
         return Ranks()
     parallel = parallel_parts(model)
-    if given is None:
+    if mesh is not None:
+        group = _group_of_mesh(mesh, given)
+    elif given is None:
         groups = {id(part.process_group): part.process_group for part in parallel}
         if len(groups) > 1:
             raise ValueError(
                 "parts of this model are trained by different groups of ranks: process_group says "
                 "which ranks see the model's batches"
             )
-        group: Any = next(iter(groups.values()), dist.group.WORLD)
+        group = next(iter(groups.values()), dist.group.WORLD)
     else:
         group = _group_of(given)
     if dist.get_rank(group) < 0:
@@ -62,10 +66,39 @@ def ranks_for(
     if dist.get_world_size(group) == 1:
         return Ranks()
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    return Group(group, device, wire, averaged=bool(parallel))
+    return Group(group, device, wire, averaged=bool(parallel) and mesh is None)
 
 
-def _group_of(given: object) -> object:
+def _group_of_mesh(mesh: DeviceMesh, given: Any) -> Any:
+    """The group of all ranks of the mesh that a model is divided among.
+
+    Raises:
+        ValueError: if others were given.
+    """
+    ranks = sorted(mesh.mesh.flatten().tolist())
+    if given is not None:
+        several = getattr(given, "ndim", 1) > 1
+        theirs = (
+            sorted(given.mesh.flatten().tolist())
+            if several
+            else dist.get_process_group_ranks(_group_of(given))
+        )
+        if sorted(theirs) != ranks:
+            raise ValueError(
+                f"process_group has ranks {sorted(theirs)}, but fully_shard divides the model's "
+                f"parameters among {ranks}: leave process_group out"
+            )
+        if not several:
+            return _group_of(given)
+    if mesh.ndim == 1:
+        return mesh.get_group()
+    if len(ranks) == dist.get_world_size():
+        return dist.group.WORLD
+    # Only members take part, so that a mesh of some of the world's ranks can have one.
+    return dist.new_group(ranks, use_local_synchronization=True)
+
+
+def _group_of(given: object) -> Any:
     if isinstance(given, dist.ProcessGroup) or given is dist.GroupMember.NON_GROUP_MEMBER:
         return given
     if hasattr(given, "get_group") and hasattr(given, "ndim"):
@@ -79,20 +112,6 @@ def _group_of(given: object) -> object:
         "process_group takes a torch.distributed process group or a DeviceMesh of one dimension, "
         f"got {type(given).__name__}"
     )
-
-
-def _check_whole(model: nn.Module) -> None:
-    module = sys.modules.get("torch.distributed.tensor")  # without it there are none
-    if module is None:
-        return
-    for name, p in model.named_parameters():
-        if isinstance(p, module.DTensor):
-            raise NotImplementedError(
-                f"parameter {name!r} is a DTensor: models whose parameters are divided among ranks "
-                "(fully_shard, tensor parallelism) are not supported yet. Use "
-                "DistributedDataParallel; where memory is short, placement='sharded' divides the "
-                "curvature state"
-            )
 
 
 def parallel_parts(model: nn.Module) -> list[DistributedDataParallel]:

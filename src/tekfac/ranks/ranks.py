@@ -33,11 +33,13 @@ class Ranks:
         count: how many there are.
         number: which of them this is.
         averaged: whether gradients are known to be the same on all ranks.
+        world: by their numbers, what torch calls them; empty for one alone.
     """
 
     count: int = 1
     number: int = 0
     averaged: bool = True
+    world: Sequence[int] = ()
 
     def unit(self, size: int) -> Ranks:
         """The ``size`` consecutive ranks that this one is among; all must ask."""
@@ -53,6 +55,15 @@ class Ranks:
     def spread(self, tensors: Sequence[Tensor], sources: Sequence[int]) -> list[Tensor]:
         """Tensors as each is at its source; elsewhere they tell a shape and a type only."""
         return list(tensors)
+
+    def exchange(self, sent: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+        """What each rank has for this one.
+
+        Args:
+            sent: by rank, what this one has for it: a vector, all of one type.
+            sizes: by rank, how many entries come from it.
+        """
+        return list(sent)
 
     def highest(self, numbers: Sequence[int]) -> list[int]:
         """The highest that any rank says, number by number."""
@@ -99,7 +110,7 @@ class Group(Ranks):
     ) -> None:
         self.group, self.device, self.wire, self.averaged = group, device, wire, averaged
         self.count, self.number = dist.get_world_size(group), dist.get_rank(group)
-        self._world = dist.get_process_group_ranks(group)
+        self.world = dist.get_process_group_ranks(group)
 
     def unit(self, size: int) -> Ranks:
         if size == 1:
@@ -107,7 +118,7 @@ class Group(Ranks):
         if size == self.count:
             return self
         first = self.number // size * size
-        names = self._world[first : first + size]
+        names = self.world[first : first + size]
         # Only members take part, so that a group of some of the world's ranks can have units.
         own = dist.new_group(names, use_local_synchronization=True)
         return Group(own, self.device, self.wire, self.averaged)
@@ -127,7 +138,7 @@ class Group(Ranks):
             some = [tensors[number] for number in numbers]
 
             def told(buffer: Tensor, source: int = source) -> None:
-                work = dist.broadcast(buffer, self._world[source], self.group, async_op=True)
+                work = dist.broadcast(buffer, self.world[source], self.group, async_op=True)
                 running.append(work)
 
             here = some if source == self.number else [self._room(each) for each in some]
@@ -146,6 +157,12 @@ class Group(Ranks):
             )
             for each, like in zip(result, tensors, strict=True)
         ]
+
+    def exchange(self, sent: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+        buffer = sent[0].new_empty(sum(sizes))
+        own = [len(each) for each in sent]
+        dist.all_to_all_single(buffer, torch.cat([*sent]), [*sizes], own, self.group)
+        return list(buffer.split([*sizes]))
 
     def highest(self, numbers: Sequence[int]) -> list[int]:
         said = torch.tensor(numbers, dtype=torch.int64, device=self.device)

@@ -1,4 +1,4 @@
-"""The script of examples/ as somebody runs it: started by torchrun, ended, and gone on with."""
+"""The scripts of examples/ as somebody runs them: started by torchrun, ended, and gone on with."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
-NAME = "ddp"
-SCRIPT = Path(__file__).parents[1] / "examples" / f"{NAME}.py"
-SECONDS = 120
+NAMES = ["ddp", "fsdp"]
+EXAMPLES = Path(__file__).parents[1] / "examples"
+SECONDS = 300
 
 
-def run(ranks: int, *options: object) -> dict[int, float]:
+def run(name: str, ranks: int, *options: object) -> dict[int, float]:
     """The losses that it prints, by step."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(ranks), str(SCRIPT)]
+    command += ["--nproc-per-node", str(ranks), str(EXAMPLES / f"{name}.py")]
     done = subprocess.run(
         [*command, *map(str, options)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
@@ -33,11 +33,12 @@ def run(ranks: int, *options: object) -> dict[int, float]:
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_a_run_goes_on_with_another_number_of_ranks(name: str, tmp_path: Path) -> None:
     checkpoint = tmp_path / "run.pt"
     placed = ("--placement", "sharded", "--checkpoint", checkpoint)
-    before = run(2, "--steps", 40, *placed)
-    after = run(1, "--steps", 120, *placed)
+    before = run(name, 2, "--steps", 40, *placed)
+    after = run(name, 1, "--steps", 120, *placed)
     assert before.keys() == {20, 40}
     assert min(after) == 60
     assert after[120] < 0.35 < before[20]
