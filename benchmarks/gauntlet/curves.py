@@ -32,10 +32,12 @@ def curves_figure(
             style = {"color": colours[label], "linewidth": 1.5}
             losses = [point.loss for point in points]
             by_steps.plot([point.step for point in points], losses, label=label, **style)
-            by_seconds.plot([point.seconds for point in points], losses, label=label, **style)
+            by_seconds.plot(
+                [point.processor_seconds for point in points], losses, label=label, **style
+            )
         by_steps.set_title(titles[task], fontsize="small", loc="left")
         by_steps.set(xlabel="steps", ylabel="held-out loss")
-        by_seconds.set_xlabel("seconds of training")
+        by_seconds.set_xlabel("processor seconds of training")
         for axes in (by_steps, by_seconds):
             axes.set_yscale("log")
             axes.grid(alpha=0.3, which="both")

@@ -161,12 +161,12 @@ def text(plan: Plan, found: Mapping[str, Outcomes]) -> str:
         "# The gauntlet\n",
         f"Each optimizer had {plan.trials} trials of a third of the length on each task, judged "
         "by held-out examples that the final runs are not judged by; then its best settings ran "
-        f"at full length with {plan.seeds} seeds. The learning rate of all rises over 5 % of the "
-        "steps and falls to zero as a cosine. One thread a run; seconds are of training without "
-        f"evaluation, of which there are {EVALUATIONS}. The target of a task is the mean final "
-        "held-out loss of the better of SGD and AdamW; it is reached at the first evaluation "
-        "whose mean over seeds is no more. A star: the best value of that setting was the first "
-        "or last one tried.\n",
+        f"at full length, seeds: {plan.seeds}. The learning rate of all rises over 5 % of the "
+        "steps and falls to zero as a cosine. One thread a run; seconds are the processor's, of "
+        f"training without evaluation, of which there are {EVALUATIONS}. The target of a task is "
+        "the mean final held-out loss of the better of SGD and AdamW, as far as they ran; it is "
+        "reached at the first evaluation whose mean over seeds is no more. A star: the best value "
+        "of that setting was the first or last one tried.\n",
         "![Held-out loss against steps and seconds](curves.png)\n",
         "## Goals\n",
         "".join(f"- {line}\n" for line in goals(plan.tasks, found)),
@@ -203,7 +203,7 @@ def _task_table(task: Task, found: Outcomes) -> str:
         "steps to target",
         "seconds to target",
         "seconds",
-        "processor seconds",
+        "by the clock on the wall",
     ]
     rows = []
     for name, outcome in found.items():
@@ -215,9 +215,9 @@ def _task_table(task: Task, found: Outcomes) -> str:
                 _loss(outcome),
                 f"{curve[-1].score:.4g}" if curve else NONE,
                 str(reached.step) if reached else NONE,
-                f"{reached.seconds:.1f}" if reached else NONE,
-                f"{curve[-1].seconds:.1f}" if curve else NONE,
+                f"{reached.processor_seconds:.1f}" if reached else NONE,
                 f"{curve[-1].processor_seconds:.1f}" if curve else NONE,
+                f"{curve[-1].seconds:.1f}" if curve else NONE,
             ]
         )
     target_words = f"Target {goal:.4g}." if math.isfinite(goal) else "No target yet."
@@ -281,7 +281,7 @@ def goals(tasks: Mapping[str, Task], found: Mapping[str, Outcomes]) -> list[str]
             "in fewer seconds on six",
             6,
             found,
-            lambda of_task: _sooner(of_task, lambda point: point.seconds),
+            lambda of_task: _sooner(of_task, lambda point: point.processor_seconds),
         ),
         _tally(
             "Tuned TEKFAC's final held-out loss is the best or level with it, nearer than the "
