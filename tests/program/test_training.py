@@ -164,24 +164,28 @@ def test_augmented_run_continues_exactly_and_is_another_run(tmp_path: Path, data
     assert numbers(tmp_path / "plain") != numbers(tmp_path / "whole")
 
 
+@pytest.mark.parametrize(
+    ("width", "layout"), [(8, torch.channels_last), (3, torch.contiguous_format)]
+)
 @pytest.mark.parametrize("optimizer", ["sgd", "tekfac"])
-def test_colour_images_and_kernels_lie_channels_last_and_runs_continue_exactly(
-    tmp_path: Path, optimizer: str
+def test_colour_images_and_kernels_lie_alike_and_runs_continue_exactly(
+    tmp_path: Path, optimizer: str, width: int, layout: torch.memory_format
 ) -> None:
+    """Channels last, but for numbers of channels with which torch ends the process."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (60, 3, 8, 8), generator=generator, dtype=torch.uint8)
     labels = torch.arange(60) % 5
     mean, deviation = torch.full((3, 1, 1), 127.0), torch.full((3, 1, 1), 70.0)
     colour = Dataset("colour", images, labels, images[:20], labels[:20], 5, mean, deviation)
     config = configure(
-        optimizer=optimizer, network="resnet20", width=3, batch_size=20, epochs=2, augment=True
+        optimizer=optimizer, network="resnet20", width=width, batch_size=20, epochs=2, augment=True
     )
     training = Training(config, colour)
     seen: list[bool] = []
 
     def note(module: nn.Module, inputs: tuple[torch.Tensor]) -> None:
         for tensor in (module.get_parameter("weight"), *inputs):
-            seen.append(tensor.is_contiguous(memory_format=torch.channels_last))
+            seen.append(tensor.is_contiguous(memory_format=layout))
 
     for module in training.network.modules():
         if isinstance(module, nn.Conv2d):

@@ -85,12 +85,13 @@ class Training:
         self.config = config
         self._ranks = ranks
         self.history: list[EpochMetrics] = []
-        self._data = _channels_last(data.to(config.device))
         self._batches = math.ceil(len(data.y_train) / config.batch_size)
         torch.manual_seed(config.seed)
         # Built on the CPU: the same seed then means the same weights on every device.
         self.network = networks.build(config.network, data.image_shape, data.classes, config.width)
-        self.network.to(config.device).to(memory_format=torch.channels_last)
+        layout = _layout(self.network)
+        self._data = _laid_out(data.to(config.device), layout)
+        self.network.to(config.device).to(memory_format=layout)
         parallel = ranks.parallel(self.network)
         # A form for each size of batch, full or last: one for all sizes would come into use at some
         # time of a session, and a resumed run then differ in its last bits.
@@ -378,16 +379,24 @@ def fit(folder: RunFolder, data: Dataset, watcher: Watcher, epochs: int | None =
     return history
 
 
-def _channels_last(data: Dataset) -> Dataset:
-    """The same images, each pixel's channels side by side in memory, as batches of them then are.
+def _layout(network: nn.Module) -> torch.memory_format:
+    """How a network's kernels and images lie in memory: each pixel's channels side by side.
 
-    Convolutions of networks whose kernels lie so, too, are faster, in bfloat16 up to twice.
+    Convolutions are faster so, in bfloat16 up to twice. Not where channels are no multiple of 8:
+    1×1 convolutions with a stride then write past their memory in torch's backward pass (2.14.1,
+    on processors without AVX-512), and end the process.
     """
-    last = torch.channels_last
+    convolutions = (each for each in network.modules() if isinstance(each, nn.Conv2d))
+    whole = all(each.out_channels % 8 == 0 for each in convolutions)
+    return torch.channels_last if whole else torch.contiguous_format
+
+
+def _laid_out(data: Dataset, layout: torch.memory_format) -> Dataset:
+    """The same images; batches of them lie in memory as they do."""
     return replace(
         data,
-        x_train=data.x_train.contiguous(memory_format=last),
-        x_test=data.x_test.contiguous(memory_format=last),
+        x_train=data.x_train.contiguous(memory_format=layout),
+        x_test=data.x_test.contiguous(memory_format=layout),
     )
 
 
