@@ -15,7 +15,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from tekfac.layers import Layer, LinearLayer, Product, View, product_of
-from tekfac.layers.uses import ACCUMULATE, FLATTENS, SAME, SPLITS, TURNS, multiplies
+from tekfac.layers.uses import ACCUMULATE, RESHAPES, SPLITS, multiplies
 
 # Backward passes of our own, now running in this process: hooks that they reach, of any optimizer,
 # are not to take them for the user's. Not thread-local: autograd runs hooks in its own threads.
@@ -24,18 +24,7 @@ _own_passes = 0
 # What stands between a product and the shape in which its result is used.
 VIEWS = {"ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0"}
 
-FORMS = (
-    SAME
-    | TURNS
-    | FLATTENS
-    | SPLITS.keys()
-    | {
-        "ExpandBackward0",
-        "PermuteBackward0",
-        "SelectBackward0",
-        "UnsqueezeBackward0",
-    }
-)
+FORMS = RESHAPES.keys() | SPLITS.keys() | {"SelectBackward0"}
 
 PARALLEL_SINK = "_DDPSinkBackward"
 
