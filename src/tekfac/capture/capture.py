@@ -102,7 +102,7 @@ class Capture:
         called: bool = False,
     ) -> None:
         self.owner, self.candidates = assignment.owner, assignment.candidates
-        self._made_weights = assignment.made
+        self._made_weights = dict.fromkeys(assignment.made)
         self.blocks, self.fisher = blocks, fisher
         self.likelihoods, self.outputs, self.mean_over = likelihoods, outputs, mean_over
         self.passes = 0
@@ -390,7 +390,7 @@ class Capture:
             root.node,
             leaves.standing_for(self.owner),
             layers,
-            leaves.standing_for(dict.fromkeys(self._made_weights)),
+            leaves.standing_for(self._made_weights),
             leaves.parameters,
         )
         self.reentrant |= found.reentrant
