@@ -3,7 +3,8 @@
     python -m benchmarks.gauntlet --data mnist=mnist.npz cifar10=cifar10.npz
 
 Each run is one file in ``--out``: interrupted, the same command goes on; started twice at the same
-time, both processes share the work. The report is written when nothing is left.
+time, both processes share the work. The report is written when nothing is left, and all runs with
+it in ``runs.jsonl``, from which another machine goes on by ``--kept``.
 """
 
 from __future__ import annotations
@@ -50,6 +51,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--fraction", type=float, default=1.0, help="shrinks everything")
     parser.add_argument("--out", type=Path, default=Path("runs/gauntlet"), help="runs")
     parser.add_argument("--report", type=Path, default=Path("results/gauntlet"), help="tables")
+    parser.add_argument(
+        "--kept",
+        type=Path,
+        metavar="runs.jsonl",
+        help="a report's runs, to go on from: they are taken over into --out",
+    )
+    parser.add_argument(
+        "--anew", default="", help="optimizers whose kept runs don't count: they have changed"
+    )
     parser.add_argument("--report-only", action="store_true", help="of what is there, and no runs")
     parser.add_argument("--list", action="store_true", help="what is left, and for how long")
     options = parser.parse_args(arguments)
@@ -75,6 +85,7 @@ def _plan(options: argparse.Namespace) -> Plan:
     for kind, given, known in (
         ("--tasks", tasks, TASKS),
         ("--optimizers", optimizers, CONTENDERS),
+        ("--anew", [name for name in options.anew.split(",") if name], CONTENDERS),
         ("--data", _data(options.data), SHAPES),
     ):
         if unknown := sorted(set(given) - known.keys()):
@@ -86,8 +97,19 @@ def _plan(options: argparse.Namespace) -> Plan:
     sources = Sources(_data(options.data), options.out)
     data = {name: sources.words(name) for name in SHAPES}
     runs = Runs(options.out, {"fraction": options.fraction, "data": data})
+    if options.kept is not None:
+        _adopt(runs, options.kept, set(optimizers) - set(options.anew.split(",")))
     made = {name: TASKS[name](sources, options.fraction) for name in tasks}
     return Plan(made, optimizers, options.trials, options.seeds, runs)
+
+
+def _adopt(runs: Runs, path: Path, optimizers: set[str]) -> None:
+    try:
+        runs.adopt(path.read_text(), optimizers)
+    except InputError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(f"--kept {path} holds no runs of the gauntlet: {error!r}") from error
 
 
 def _data(given: Sequence[str]) -> dict[str, str]:

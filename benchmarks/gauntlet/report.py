@@ -120,6 +120,7 @@ def write(plan: Plan, folder: Path) -> None:
     rows = [row for task, of_task in found.items() for row in _csv_rows(task, of_task)]
     write_csv(folder / "gauntlet.csv", CSV_HEADER, rows)
     write_text(folder / "gauntlet.md", text(plan, found))
+    write_text(folder / "runs.jsonl", plan.runs.pack(plan.jobs()))
     if found:
         curves = {
             task: {CONTENDERS[name].label: outcome.curve for name, outcome in of_task.items()}

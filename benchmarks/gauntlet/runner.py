@@ -6,8 +6,8 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -198,6 +198,7 @@ class Runs:
             raise InputError(
                 f"{folder} holds runs of {found}, not of {identity}: give another --out"
             )
+        self.identity = identity
         self._read: dict[Path, Result] = {}
 
     def alone(self) -> FileLock:
@@ -218,7 +219,32 @@ class Runs:
 
     def save(self, job: Job, result: Result) -> None:
         """Write a run's result, whole or not at all."""
-        values = {**asdict(job), **asdict(result), "torch": torch.__version__}
+        self._write(job, {**asdict(job), **asdict(result), "torch": torch.__version__})
+
+    def pack(self, jobs: Iterable[Job]) -> str:
+        """Those of ``jobs`` that are done, a line of JSON each, after one of the identity."""
+        done = [self.folder / job.file for job in jobs if self.result(job) is not None]
+        entries = [self.identity, *(json.loads(path.read_text()) for path in done)]
+        return "".join(f"{json.dumps(entry)}\n" for entry in entries)
+
+    def adopt(self, packed: str, optimizers: Collection[str]) -> None:
+        """Take over runs of ``optimizers`` from `pack`'s lines, unless they are there already.
+
+        Raises:
+            InputError: if they are of another identity.
+            ValueError, TypeError, KeyError: if they are no such lines.
+        """
+        identity, *entries = map(json.loads, packed.splitlines())
+        if identity != self.identity:
+            raise InputError(f"the kept runs are of {identity}, not of {self.identity}")
+        for values in entries:
+            job = Job(**{field.name: values[field.name] for field in fields(Job)})
+            if job.optimizer in optimizers:
+                with self.claim(job) as mine:
+                    if mine:
+                        self._write(job, values)
+
+    def _write(self, job: Job, values: dict[str, Any]) -> None:
         write_text(self.folder / job.file, json.dumps(values, indent=1) + "\n")
 
     @contextlib.contextmanager

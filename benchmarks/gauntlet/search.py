@@ -87,15 +87,18 @@ class Plan:
             for seed in range(self.seeds)
         ]
 
-    def open_jobs(self) -> list[Job]:
-        """What is known to be left, in order."""
-        jobs = [
+    def jobs(self) -> list[Job]:
+        """All that are known of, in order."""
+        return [
             job
             for task in self.tasks
             for optimizer in self.optimizers
             for job in (*self.searched(task, optimizer), *self.finals(task, optimizer))
         ]
-        return [job for job in jobs if self.runs.result(job) is None]
+
+    def open_jobs(self) -> list[Job]:
+        """Those that are left."""
+        return [job for job in self.jobs() if self.runs.result(job) is None]
 
     def work(self, tell: Callable[[Job, Result], None]) -> None:
         """Do what is left, beside other processes that do the same.

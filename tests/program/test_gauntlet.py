@@ -202,6 +202,31 @@ def test_the_report_is_written(whole: Path) -> None:
     assert (whole / "report" / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_another_machine_goes_on_from_a_report(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = ["--kept", str(whole / "report" / "runs.jsonl")]
+    main([*command(tmp_path), *kept, "--anew", "sgd", "--list"])
+    output = capsys.readouterr().out
+    assert "lstm sgd: 2 trials and 2 final runs left" in output
+    assert "adamw" not in output, "taken over"
+    main([*command(tmp_path), *kept, "--list"])
+    assert contents(tmp_path) == contents(whole)
+    with pytest.raises(SystemExit):
+        main([*command(tmp_path / "smaller"), *kept, "--fraction", "0.01"])
+    assert "the kept runs are of {'fraction': 0.02" in capsys.readouterr().err
+
+
+def test_runs_are_taken_over_from_a_report_only(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "notes.txt").write_text("lstm: 1.3\n")
+    for name in ("notes.txt", "nowhere.jsonl"):
+        with pytest.raises(SystemExit):
+            main([*command(tmp_path), "--kept", str(tmp_path / name)])
+        assert f"{name} holds no runs of the gauntlet" in capsys.readouterr().err
+
+
 def test_a_folder_is_of_one_size_and_data(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main([*command(whole), "--fraction", "0.03"])
@@ -213,6 +238,7 @@ def test_a_folder_is_of_one_size_and_data(whole: Path, capsys: pytest.CaptureFix
     [
         (["--tasks", "chess"], "there is autoencoder"),
         (["--optimizers", "lion"], "there is sgd"),
+        (["--anew", "lion"], "--anew lion: there is sgd"),
         (["--data", "svhn=x.npz"], "there is mnist, cifar10"),
         (["--data", "mnist"], "give NAME=FILE.npz"),
         (["--data", "mnist=nowhere.npz"], "no such file"),
