@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,6 +42,10 @@ class SampledFisher(Fisher):
         generator: where the draws come from. If None, a generator of its own, seeded by
             ``torch.initial_seed()``: it follows ``torch.manual_seed`` and leaves the global stream
             alone.
+
+    Attributes:
+        seed: of ``generator``; of several ranks, which draw from it anew in every step, the first
+            one's.
     """
 
     def __init__(self, samples: int, generator: torch.Generator | None) -> None:
@@ -48,10 +53,27 @@ class SampledFisher(Fisher):
         self.generator = torch.Generator() if generator is None else generator
         if generator is None:
             self.generator.manual_seed(torch.initial_seed())
+        self.seed = self.generator.initial_seed()
 
     def cotangents(self, likelihood: Likelihood, output: Tensor) -> Iterator[Tensor]:
         for _ in range(self.samples):
             yield likelihood.sample(output, self.generator) / math.sqrt(self.samples)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next draws follow from, the generator's state as text: it is no tensor that
+        anybody should move, cast or shard.
+        """
+        return {"generator": bytes(self.generator.get_state().tolist()).hex(), "seed": self.seed}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Draw on where `state_dict` was taken; that of another Fisher matrix changes nothing."""
+        if "generator" not in state:
+            return
+        saved = state["generator"]
+        if isinstance(saved, str):  # in older states a tensor
+            saved = torch.tensor(list(bytes.fromhex(saved)), dtype=torch.uint8)
+        self.generator.set_state(saved.cpu())
+        self.seed = state.get("seed", self.seed)  # not there in older states
 
 
 def make_fisher(fisher: str, samples: int, generator: torch.Generator | None) -> Fisher | None:

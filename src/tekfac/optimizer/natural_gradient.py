@@ -257,10 +257,8 @@ class NaturalGradient(torch.optim.Optimizer):
         self.first_order = first_order
         self.mean_over, self.batch_dim = mean_over, batch_dim
         self.fisher = make_fisher(fisher, mc_samples, generator)
-        self._seed = 0
         if isinstance(self.fisher, SampledFisher):
-            own = self.fisher.generator.initial_seed()
-            self._seed = int(self._ranks.texts(str(own))[0])
+            self.fisher.seed = int(self._ranks.texts(str(self.fisher.seed))[0])
         self.likelihoods = make_likelihoods(likelihood)
         self.output = output
         self._assignment = assign(model, exclude)
@@ -616,7 +614,7 @@ class NaturalGradient(torch.optim.Optimizer):
             self._blocks.values(), self._intervals(), self._ranks, again, self._household.divided
         )
         if isinstance(self.fisher, SampledFisher):
-            self._ranks.reseed(self.fisher.generator, self._seed, self._timetable.step)
+            self._ranks.reseed(self.fisher.generator, self.fisher.seed, self._timetable.step)
         if capture is not None:
             capture.expect()
 
@@ -763,10 +761,7 @@ class NaturalGradient(torch.optim.Optimizer):
             "schedule": self._timetable.state_dict(self._blocks.values()),
         }
         if isinstance(self.fisher, SampledFisher):
-            # As text: it is no tensor that anybody should move, cast or shard.
-            state_of = bytes(self.fisher.generator.get_state().tolist())
-            packed["tekfac"]["generator"] = state_of.hex()
-            packed["tekfac"]["seed"] = self._seed
+            packed["tekfac"] |= self.fisher.state_dict()
         if packed["param_groups"]:
             # Where torch.distributed.checkpoint, which knows of nothing else, takes it along: as
             # text, which it does not mix with that of the optimizer that it loads into.
@@ -808,12 +803,8 @@ class NaturalGradient(torch.optim.Optimizer):
         self._reduction_ratio = own.get("reduction_ratio")  # not there in older states
         step = own.get("position", own["counters"]["steps"])  # not there in older states
         self._timetable.load(step, own.get("schedule"), self._blocks.values(), self._intervals())
-        if isinstance(self.fisher, SampledFisher) and "generator" in own:
-            saved = own["generator"]
-            if isinstance(saved, str):  # in older states a tensor
-                saved = torch.tensor(list(bytes.fromhex(saved)), dtype=torch.uint8)
-            self.fisher.generator.set_state(saved.cpu())
-            self._seed = own.get("seed", self._seed)  # not there in older states
+        if isinstance(self.fisher, SampledFisher):
+            self.fisher.load_state_dict(own)
         self._update_fc_scale()
         self._household.doubt()
         self._set_due()
