@@ -17,7 +17,7 @@ from tekfac.layers.layer import Layer
 from tekfac.layers.sample import Call
 from tekfac.numerics import squares, wide
 
-# Entries side by side below which a copy is slower patch by patch than kernel entry by kernel entry.
+# With fewer entries side by side, to copy patch by patch takes longer than entry by entry.
 RUN = 4
 
 CONV_WEIGHT: dict[int, Callable[..., Tensor]] = {
