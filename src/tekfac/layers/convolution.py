@@ -172,7 +172,7 @@ class ConvLayer(Layer):
             target.copy_(patches)
             return
         for entry in product(*map(range, self.kernel)):
-            place = (..., *entry, slice(None))
+            place: tuple[Any, ...] = (..., *entry, slice(None))
             target[place].copy_(patches[place])
 
     def _fill_few(self, target: Tensor, x: Tensor, seen: Tensor) -> None:
