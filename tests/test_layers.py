@@ -125,6 +125,14 @@ def test_convolution_dilation(dims: int, padding: int | str) -> None:
         {"kernel_size": (1, 4), "stride": (3, 1), "padding": (1, 2), "padding_mode": "circular"},
         {"kernel_size": (2, 3), "padding": "same", "dilation": (3, 1), "padding_mode": "reflect"},
         {"kernel_size": (2, 2), "stride": (2, 1), "padding": (0, 1), "groups": 2, "outputs": 6},
+        {"kernel_size": (2, 5), "padding": (1, 2), "dilation": (2, 1), "groups": 4},
+        {
+            "kernel_size": (3, 2),
+            "stride": (2, 1),
+            "padding": (1, 2),
+            "dilation": (1, 3),
+            "groups": 4,
+        },
     ],
     ids=str,
 )
@@ -193,7 +201,7 @@ def test_frozen_layer_has_no_block() -> None:
 
 
 @pytest.mark.parametrize("fisher", ["exact", "empirical"])
-@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("groups", [1, 2, 4])
 def test_channels_last(groups: int, fisher: str) -> None:
     torch.manual_seed(0)
     layer = nn.Conv2d(4, 4, 3, stride=2, padding=1, groups=groups)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import tekfac
 from tekfac.curvature import blocks, sampling
-from tekfac.layers import Sample, layer_of
+from tekfac.layers import Layer, Rows, Sample, layer_of
 
 METHODS = ("KFAC", "EKFAC", "TKFAC", "TEKFAC")
 RESCALED = ("EKFAC", "TEKFAC")
@@ -314,3 +314,30 @@ def test_a_small_network_is_measured_whole() -> None:
 def test_bad_values(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"{name} must be a whole number of at least 1, got"):
         tekfac.TEKFAC(nn.Linear(2, 2), **{name: value})
+
+
+@pytest.mark.parametrize("method", RESCALED)
+def test_rows_that_factors_and_rescaling_both_read_are_made_once(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+    rows = Layer._rows
+
+    def counted(layer: Layer, *how: Any) -> Rows:
+        made.append(layer.name)
+        return rows(layer, *how)
+
+    monkeypatch.setattr(Layer, "_rows", counted)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(4, 3))
+    every = {"factor_every": 1, "scale_every": 1, "basis_every": 2}
+    optimizer = getattr(tekfac, method)(model, **every)
+    for expected in (["3", "0", "0", "3"], ["3", "0"]):
+        optimizer.zero_grad()
+        F.cross_entropy(model(torch.randn(5, 2, 3, 3)), torch.arange(5) % 3).backward()
+        # What waits for a basis keeps none: patches are many times the input.
+        waiting = [part for block in optimizer.blocks.values() for part, _ in block._pending]
+        assert all(part.rows is None for part in waiting)
+        optimizer.step()
+        assert made == expected
+        made.clear()

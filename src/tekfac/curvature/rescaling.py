@@ -66,7 +66,8 @@ class CorrectedBlock(Block):
             if part.first:
                 self._rescaled = self._rescaled + self._here(part.term_count)
             if self.due.late:
-                # Until the basis that it belongs to is known.
+                # Until the basis that it belongs to is known. Rows would be several times as much.
+                part.rows = None
                 self._pending.append((part, read.dtype))
             else:
                 self._add_squares(part, read.dtype)

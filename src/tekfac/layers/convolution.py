@@ -17,6 +17,9 @@ from tekfac.layers.layer import Layer
 from tekfac.layers.sample import Call
 from tekfac.numerics import squares, wide
 
+# With fewer entries side by side, to copy patch by patch takes longer than entry by entry.
+RUN = 4
+
 CONV_WEIGHT: dict[int, Callable[..., Tensor]] = {
     1: conv1d_weight,
     2: conv2d_weight,
@@ -117,36 +120,60 @@ class ConvLayer(Layer):
         if seen is not None and 4 * target.numel() <= x.numel():
             self._fill_few(target, x, seen)
             return
+        x = self._padded(x.to(target.dtype))
+        if seen is None:
+            self._fill_all(target, x)
+            return
         # Channels last, so that every kernel position is copied in contiguous runs of channels.
-        padded = self._padded(x.to(target.dtype)).movedim(1, -1).contiguous()
+        padded = x.movedim(1, -1).contiguous()
         sizes = self._sizes(padded.shape[1:-1])
-        shape = (len(x), *sizes)
-        if seen is not None:
-            # Numbers of positions to numbers of pixels, where the kernel's first entry lies.
-            pixels = padded.flatten(0, -2)
-            corner, *places = _unravelled(seen, shape)
-            for place, full, stride in zip(
-                places, padded.shape[1:-1], self.geometry.stride, strict=True
-            ):
-                corner = corner * full + place * stride
-            shape = (len(seen),)
-        target = target.view(self.groups, *shape, math.prod(self.kernel), -1)
+        # Numbers of positions to numbers of pixels, where the kernel's first entry lies.
+        pixels = padded.flatten(0, -2)
+        corner, *places = _unravelled(seen, (len(x), *sizes))
+        for place, full, stride in zip(
+            places, padded.shape[1:-1], self.geometry.stride, strict=True
+        ):
+            corner = corner * full + place * stride
+        target = target.view(self.groups, len(seen), math.prod(self.kernel), -1)
         for number, offsets in enumerate(self._offsets()):
-            if seen is None:
-                window = [slice(None)]
-                window += (
-                    slice(offset, offset + (size - 1) * stride + 1, stride)
-                    for offset, size, stride in zip(
-                        offsets, sizes, self.geometry.stride, strict=True
-                    )
-                )
-                found = padded[tuple(window)]
-            else:
-                shift = 0
-                for offset, full in zip(offsets, padded.shape[1:-1], strict=True):
-                    shift = shift * full + offset
-                found = pixels.index_select(0, corner + shift)
+            shift = 0
+            for offset, full in zip(offsets, padded.shape[1:-1], strict=True):
+                shift = shift * full + offset
+            found = pixels.index_select(0, corner + shift)
             target[..., number, :].copy_(found.unflatten(-1, (self.groups, -1)).movedim(-2, 0))
+
+    def _fill_all(self, target: Tensor, padded: Tensor) -> None:
+        """The same of all positions, as a view of the input that shows each patch in its place."""
+        channels = padded.shape[1] // self.groups
+        pixels = padded.movedim(1, -1)
+        if channels > 1 and math.prod(self.kernel) > 1:
+            # Entries that lie side by side in a patch then do so in the input.
+            pixels = pixels.contiguous()
+        row, *along, channel = pixels.stride()
+        geometry = self.geometry
+        patches = pixels.as_strided(
+            (
+                self.groups,
+                len(pixels),
+                *self._sizes(pixels.shape[1:-1]),
+                *self.kernel,
+                channels,
+            ),
+            (
+                channels * channel,
+                row,
+                *(step * each for step, each in zip(geometry.stride, along, strict=True)),
+                *(step * each for step, each in zip(geometry.dilation, along, strict=True)),
+                channel,
+            ),
+        )
+        target = target.view(patches.shape)
+        if channels * self.kernel[-1] >= RUN:
+            target.copy_(patches)
+            return
+        for entry in product(*map(range, self.kernel)):
+            place: tuple[Any, ...] = (..., *entry, slice(None))
+            target[place].copy_(patches[place])
 
     def _fill_few(self, target: Tensor, x: Tensor, seen: Tensor) -> None:
         """The same where less is read than there is: no copy of all is made first."""

@@ -26,6 +26,10 @@ class Sample:
             term looks at, is no input. Gradients of the others are zero.
         swapped: for each call, whether the weight was multiplied from the other side: then the
             matrix's columns see the gradient and its rows the input. Empty for none.
+
+    Attributes:
+        rows: as which it was read last, by how, if that was in one piece: who reads it the same way
+            need not make them once more.
     """
 
     inputs: list[Tensor | None]
@@ -35,6 +39,7 @@ class Sample:
     terms: Tensor | None = None
     live: list[Tensor | None] = field(default_factory=list)
     swapped: list[bool] = field(default_factory=list)
+    rows: tuple[object, Rows] | None = field(default=None, init=False, repr=False)
 
     @property
     def calls(self) -> list[Call]:

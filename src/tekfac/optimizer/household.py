@@ -78,20 +78,21 @@ class Household:
             check_alike(self.ranks, facts())
             self._alike = True
 
-    def agree(self, blocks: Blocks, facts: Mapping[str, str], parallel: bool) -> None:
+    def agree(self, blocks: Blocks, facts: Callable[[], Mapping[str, str]], parallel: bool) -> None:
         """Have all ranks know the same of what was seen, and check that they are at the same.
 
         Args:
             blocks: all.
-            facts: what ranks must agree on.
+            facts: gives what ranks must agree on; one alone is not asked, which would take as long
+                as a small step.
             parallel: whether the model was seen within a `DistributedDataParallel` here.
         """
-        mark = digest(facts)
+        mark = digest(facts()) if self.ranks.count > 1 else 0
         own = [block.tell() for block in blocks.values()]
         said = [mark, -mark, -int(parallel), *(each for told in own for each in told)]
         highest, lowest, unaveraged, *heard = self.ranks.highest(said)
         if highest != -lowest:
-            check_alike(self.ranks, facts)
+            check_alike(self.ranks, facts())
         self.ranks.averaged |= unaveraged == -1
         for block, told in zip(blocks.values(), own, strict=True):
             block.hear(heard[: len(told)])

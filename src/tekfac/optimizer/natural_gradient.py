@@ -628,7 +628,7 @@ class NaturalGradient(torch.optim.Optimizer):
             block.due.basis or (block.listening and block.factors.empty) for block in blocks
         ):
             return
-        self._household.agree(self._blocks, self._facts(), capture.parallel)
+        self._household.agree(self._blocks, self._facts, capture.parallel)
         capture.settle(block.name for block in blocks if block.pending)
 
     def _update_curvature(self, wanted: Verdict) -> set[str]:
