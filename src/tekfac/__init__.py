@@ -1,6 +1,6 @@
 """Natural-gradient optimizers for PyTorch: KFAC, EKFAC, TKFAC and TEKFAC (arXiv 2011.13609).
 
-    optimizer = tekfac.TEKFAC(model, lr=3e-3)
+    optimizer = tekfac.TEKFAC(model, lr=5e-3)
 
 and the training loop stays as it is.
 """

@@ -63,7 +63,7 @@ class TKFAC(NaturalGradient):
     def __init__(
         self,
         model: nn.Module,
-        lr: float = 3e-3,
+        lr: float = 5e-3,
         momentum: float = 0.9,
         *,
         damping: Damping = MeanDamping(),

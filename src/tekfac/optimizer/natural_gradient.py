@@ -192,7 +192,7 @@ class NaturalGradient(torch.optim.Optimizer):
     def __init__(
         self,
         model: nn.Module,
-        lr: float = 3e-3,
+        lr: float = 5e-3,
         momentum: float = 0.9,
         *,
         nesterov: bool = True,
