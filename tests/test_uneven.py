@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import pytest
@@ -31,8 +31,8 @@ from ranked import (
 )
 from test_placement import same_state
 
-# A hang ends the test.
-SECONDS = 40.0
+# A hang ends the test; ranks import torch first, which takes a busy machine a minute.
+SECONDS = 120.0
 STEPS, AFTER = 7, 2
 
 Shares = Sequence[Sequence[Batch]]
@@ -143,6 +143,34 @@ def test_accumulation() -> None:
 def test_accumulation_that_says_a_step_where_there_is_none() -> None:
     for result in outcomes(2, accumulating, False, seconds=SECONDS):
         assert "RuntimeError: two passes through the model before a step" in str(result)
+
+
+def again(enabled: bool) -> dict[str, Tensor]:
+    """A join that ends in an error, or is none, and another one."""
+    model = network_of("mlp")
+    called = DistributedDataParallel(model)
+    optimizer = made("TEKFAC", called)
+    joinables: list[Any] = [called, optimizer]
+    data = [[each] for each in shards(data_of("mlp", 12, STEPS), [6, 6])[dist.get_rank()]]
+    with suppress(KeyError), Join(joinables, enable=enabled):
+        train(model, called, optimizer, data[:2])
+        x, y = data[2][0]
+        cross_entropy(called(x), y).backward()
+        raise KeyError
+    if not enabled:
+        cross_entropy(called(x), y).backward()  # no step belongs to each pass
+    with Join(joinables):
+        train(model, called, optimizer, data[2:])
+    return parameters(model)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_join_after_another(enabled: bool) -> None:
+    model = network_of("mlp")
+    data = [[each] for each in data_of("mlp", 12, STEPS)]
+    expected = train(model, model, made("TEKFAC", model), data)
+    for found in together(2, again, enabled, seconds=SECONDS):
+        close(found, expected, TOLERANCE)
 
 
 def joined(way: str) -> None:

@@ -523,10 +523,12 @@ class NaturalGradient(torch.optim.Optimizer):
         if trial is not None:
             trial.begin(loss, self._cleared)
         capture = self._open()
-        over = self._uneven is not None and self._uneven.over
-        check_joined(capture.uneven, self._join_config, over)
-        if self._uneven is not None:
-            self._uneven.share([p for group in self.param_groups for p in group["params"]])
+        config = self._join_config
+        uneven = self._uneven if config is not None and config.enable else None
+        over = uneven is not None and uneven.over
+        check_joined(capture.uneven, config, over)
+        if uneven is not None:
+            uneven.share([p for group in self.param_groups for p in group["params"]])
         elif capture.passes == 0 and all(group["lr"] == 0 for group in self.param_groups):
             self._initialise()
             return loss
@@ -579,6 +581,8 @@ class NaturalGradient(torch.optim.Optimizer):
                 "none: take another damping, or give all ranks as many batches"
             )
         part = joinable_part(self.model)
+        if self._uneven is not None:  # one that was left with an error
+            self._uneven.close()
         self._uneven = Uneven(part, self._ranks, self._follow, self._leave_join)
         return self._uneven
 

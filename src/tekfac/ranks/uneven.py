@@ -50,8 +50,12 @@ class Uneven(JoinHook):
 
     def post_hook(self, is_last_joiner: bool) -> None:
         """All ranks are out of batches."""
-        self._handle.remove()
+        self.close()
         self._leave()
+
+    def close(self) -> None:
+        """Look at the model no longer."""
+        self._handle.remove()
 
     def share(self, parameters: Sequence[Tensor]) -> None:
         """Have the gradients of those who have a batch, if this rank has none."""
@@ -78,6 +82,8 @@ class Uneven(JoinHook):
 
     def _before(self, module: nn.Module, args: Any) -> None:
         # A rank that is out of batches takes a step after each pass that it hears of.
+        if not self._part._join_config.enable:
+            return
         if self._passed:
             raise RuntimeError(
                 "two passes through the model before a step, while ranks may run out of batches "
