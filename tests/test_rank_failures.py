@@ -176,19 +176,6 @@ def test_layers_used_differently() -> None:
         assert "ranks use layer 'w' differently" in str(result)
 
 
-def joined() -> None:
-    model = network_of("mlp")
-    called = DistributedDataParallel(model)
-    optimizer = tekfac.TEKFAC(called, **options_of("TEKFAC"))
-    with called.join():
-        train(model, called, optimizer, [[part] for part in data_of("mlp", 6)])
-
-
-def test_join() -> None:
-    for result in outcomes(2, joined, seconds=SECONDS):
-        assert "NotImplementedError: ranks that run out of batches" in str(result)
-
-
 def wrong_groups() -> list[str]:
     model = network_of("mlp")
     told = []

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -32,6 +34,7 @@ from ranked import (
     train,
     with_missing,
 )
+from tekfac.ranks.ranks import GATHER, Group
 
 PLACEMENTS = ["replicated", "sharded"]
 
@@ -278,34 +281,89 @@ def test_ranks_draw_labels_of_their_own() -> None:
 # -- what is sent ----------------------------------------------------------------------------------
 
 
-def sent(method: str, options: dict[str, Any]) -> list[list[tuple[str, int]]]:
-    """Each step's collectives, DDP's own left out, and the bytes that go into each."""
+COLLECTIVES = ("all_reduce", "broadcast", GATHER, "all_to_all_single")
+
+
+@contextmanager
+def noted() -> Iterator[list[tuple[str, int]]]:
+    """This rank's collectives, DDP's own left out, and the bytes that go into each."""
     log: list[tuple[str, int]] = []
 
-    def noted(name: str) -> None:
+    def listened(name: str) -> Any:
         real = getattr(dist, name)
 
         def called(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-            log.append((name, tensor.numel() * tensor.element_size()))
+            own = args[0] if name.startswith(("all_to", "all_gather")) else tensor
+            log.append((name, own.numel() * own.element_size()))
             return real(tensor, *args, **kwargs)
 
-        setattr(dist, name, called)
+        return mock.patch.object(dist, name, called)
 
+    with ExitStack() as stack:
+        for name in COLLECTIVES:
+            stack.enter_context(listened(name))
+        yield log
+
+
+def told_by(
+    sizes: Sequence[Sequence[int]], few: int
+) -> tuple[list[Tensor], list[Tensor], list[tuple[str, int]]]:
+    """What each rank has, all of it as it is known to be, as it is told, and what was sent."""
+    rank, dtypes = dist.get_rank(), (torch.float32, torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    tensors, sources, known = [], [], []
+    for number in range(max(map(len, sizes))):
+        for source, own in enumerate(sizes):
+            if number < len(own):
+                value = torch.rand(2, own[number] // 2, generator=generator)
+                known.append(value.to(dtypes[number % 2]).mT)
+                tensors.append(known[-1] if source == rank else known[-1].to("meta"))
+                sources.append(source)
+    ranks = Group(dist.group.WORLD, torch.device("cpu"), None, averaged=True)
+    with mock.patch("tekfac.ranks.ranks.FEW", few), noted() as log:
+        told = ranks.spread(tensors, sources)
+    return known, told, log
+
+
+@pytest.mark.parametrize(
+    ("sizes", "few", "calls"),
+    [
+        ([(), (6, 8)], 0, ["broadcast"] * 2),
+        ([(8, 6), (6, 6)], 0, [GATHER] * 2),
+        ([(8,), (40,)], 0, ["all_to_all_single", GATHER]),
+        ([(8,), (40,)], 32, [GATHER]),
+        ([(), (4, 2, 6), (60,), (2,)], 0, ["all_to_all_single", GATHER, "broadcast"]),
+        ([(60,), (), (), (2,)], 0, ["all_to_all_single", GATHER]),
+        ([(0,), (0,)], 0, []),
+    ],
+)  # fmt: skip
+def test_all_are_told_what_some_have(
+    sizes: Sequence[Sequence[int]], few: int, calls: Sequence[str]
+) -> None:
+    """In one or two collectives, whoever has how much."""
+    total = 4 * sum(size for own in sizes for size in own)
+    for known, told, log in together(len(sizes), told_by, sizes, few):
+        assert [name for name, _ in log] == calls
+        for one, other in zip(told, known, strict=True):
+            assert torch.equal(one, other)
+            assert one.dtype == other.dtype
+            assert one.is_contiguous()
+        # Filled up to a multiple of the ranks at most.
+        gathered = sum(size for name, size in log if name.startswith("all_gather"))
+        assert gathered * len(sizes) <= 2 * total + 8 * len(sizes) + 4 * few
+
+
+def sent(method: str, options: dict[str, Any]) -> list[list[tuple[str, int]]]:
+    """Each step's collectives and bytes."""
     model = network_of("mlp").float()
     parallel = DistributedDataParallel(model)
     optimizer = getattr(tekfac, method)(parallel, **options_of(method, **options))
-    kept = {name: getattr(dist, name) for name in ("all_reduce", "broadcast")}
     steps = []
-    try:
-        for name in kept:
-            noted(name)
+    with noted() as log:
         for x, y in data_of("mlp", 8):
             log.clear()
             train(model, parallel, optimizer, [[(x.float(), y)]])
             steps.append(list(log))
-    finally:
-        for name, real in kept.items():
-            setattr(dist, name, real)
     return steps
 
 
@@ -323,10 +381,31 @@ def test_what_is_sent(method: str) -> None:
     if method in RESCALED:
         entries += 6 * 4 + 5 * 4 + 5 * 3 + 3
     assert size == 4 * entries
-    assert {name for name, _ in first} == {name for name, _ in based} == {"all_reduce", "broadcast"}
+    for step in (first, based):
+        assert {name for name, _ in step} == {"all_reduce", GATHER}
     less = together(2, sent, method, {"communication": torch.bfloat16})[0][2]
     assert [name for name, _ in less] == ["all_reduce"] * 2
     assert sum(size for _, size in less) < 0.62 * size
+
+
+@pytest.mark.parametrize("method", ["KFAC", "TEKFAC"])
+def test_whole_bases_go_to_those_who_need_them(method: str) -> None:
+    """A rank that holds no block is told eigenvalues alone, until statistics are rotated."""
+    options = {"placement": "sharded", "factor_every": 2, "basis_every": 3}
+    if method in RESCALED:
+        options["scale_every"] = 2
+    _, quiet, measured, based, *_ = together(2, sent, method, options)[0]
+    values = 4 * sum((6, 4, 5, 4, 5, 3)) + 4 * 3
+    vectors = 4 * sum(d * d for d in (6, 4, 5, 4, 5, 3))
+    apart = [size for name, size in based if name == GATHER]
+    back = [size for name, size in quiet if name == GATHER]
+    assert len(back) == 1
+    # Each puts in as much as the one that has more.
+    assert values / 2 <= apart[0] <= values
+    assert apart[1:] == back
+    lent = [size for name, size in measured if name == GATHER][:-1]
+    assert len(lent) == (method in RESCALED)
+    assert all(vectors / 2 <= size <= vectors for size in lent)
 
 
 @pytest.mark.parametrize("method", METHODS)

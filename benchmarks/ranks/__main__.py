@@ -162,7 +162,8 @@ PICTURE = "A step's time, the bytes that a rank sends and those that it holds ag
 
 COLUMNS = f"""\
 - *Sent* is what a rank sends, and receives, beside the gradients' own sum, in a ring: `2 (n − 1)/n`
-  of what is summed up, `(n − 1)/n` of what is broadcast.
+  of what is summed up, `(n − 1)/n` of what is broadcast or gathered; of what is exchanged, what the
+  first rank sends, which holds the costliest layer, or receives if that is more.
 - *Statistics*, *bases* and *preconditioning* are multiplications: of a rank in a measurement, its
   backward pass for output gradients included; of the rank that has most when all layers get a new
   basis, and the mean of all ranks; of the rank that has most in every step.
@@ -172,9 +173,9 @@ COLUMNS = f"""\
 
 KAISA = """\
 KFAC of this package, and KAISA by the rules of its published code (`benchmarks/ranks/kaisa.py`), on
-the same layers: intervals 10/100. An eighth: eight ranks share a copy of the state. Here all ranks
-are told eigenvectors, and factors are sent as triangles; KAISA sends whole factors (by default),
-which all ranks keep, and tells eigenvectors to gradient workers alone."""
+the same layers: intervals 10/100. An eighth: eight ranks share a copy of the state. Eigenvectors go
+to those who hold the layer, in both. Here factors are sent as triangles; KAISA sends whole factors
+(by default), which all ranks keep."""
 
 
 if __name__ == "__main__":

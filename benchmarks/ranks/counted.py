@@ -25,9 +25,10 @@ class Message:
     """One collective.
 
     Attributes:
-        kind: "allreduce", "broadcast" or "allgather".
+        kind: "allreduce", "broadcast", "allgather" or "alltoall".
         ranks: how many take part.
-        size: bytes of the tensor that each rank puts in (of a broadcast, its source).
+        size: bytes of the tensor that each rank puts in (of a broadcast, its source); of
+            "alltoall" those for others, or from them if these are more.
         root: who sends, numbered within the group; None where all do.
     """
 
@@ -38,11 +39,18 @@ class Message:
 
     @property
     def wire(self) -> float:
-        """Bytes that a rank sends on, and receives, in a ring; of a chain the ranks' mean."""
+        """Bytes that a rank sends on, and receives, in a ring; of a chain the ranks' mean.
+
+        Of "alltoall" those of this rank.
+        """
         n = self.ranks
-        return {"allreduce": 2 * (n - 1) / n, "broadcast": (n - 1) / n, "allgather": n - 1}[
-            self.kind
-        ] * self.size
+        parts = {
+            "allreduce": 2 * (n - 1) / n,
+            "broadcast": (n - 1) / n,
+            "allgather": n - 1,
+            "alltoall": 1,
+        }
+        return parts[self.kind] * self.size
 
 
 class Counter(TorchDispatchMode):
@@ -64,7 +72,12 @@ class Counter(TorchDispatchMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
+        given = args
+        if self.pretend and func.namespace == "c10d" and "alltoall_base" in func.__name__:
+            # The fake backend refuses to give something to whoever sends nothing.
+            none = [0] * len(args[3])
+            given = (args[0][:0], args[1][:0], args[2], none, none, *args[5:])
+        result = func(*given, **(kwargs or {}))
         if func.namespace == "c10d" and func.__name__ != "barrier.default":
             self._note(func.__name__.split(".")[0].strip("_"), args)
         return result
@@ -74,20 +87,36 @@ class Counter(TorchDispatchMode):
             "allreduce": (1, None),
             "broadcast": (1, 2),
             "allgather": (2, None),
+            "allgather_base": (2, None),
+            "alltoall_base": (2, None),
         }[name]
         group = dist.ProcessGroup.unbox(args[place])
-        tensors = [each for each in args[place - 1] if isinstance(each, Tensor)]
         source = None if root is None else int(args[root])
-        if self.pretend and source is not None and source != group.rank():
-            for each in tensors:
+        heard = name == "broadcast" or name.endswith("_base")
+        if self.pretend and heard and source != group.rank():
+            for each in _tensors(args[0]):
                 each.fill_(1)
-        size = sum(each.numel() * each.element_size() for each in tensors)
-        self.messages.append(Message(name, group.size(), size, source))
+        sent = _tensors(args[place - 1])
+        size = sum(each.numel() * each.element_size() for each in sent)
+        if name == "alltoall_base":
+            size = (
+                exchanged(args[place + 1], args[place + 2], group.rank()) * sent[0].element_size()
+            )
+        self.messages.append(Message(name.removesuffix("_base"), group.size(), size, source))
 
     def take(self) -> list[Message]:
         """What was noted since this was asked last."""
         taken, self.messages = self.messages, []
         return taken
+
+
+def exchanged(received: Sequence[int], sent: Sequence[int], rank: int) -> int:
+    """Entries for others, or from them if these are more, of those by rank."""
+    return max(sum(sent) - sent[rank], sum(received) - received[rank])
+
+
+def _tensors(given: Any) -> list[Tensor]:
+    return [given] if isinstance(given, Tensor) else list(given)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ Nothing here is measured. A rank's step is the sum of
 - decompositions, each with a time to start and a low rate: as long as the rank takes that has most
   of them;
 - messages, one after the other: bytes over the slowest link on the way, and a time for each hop, of
-  which a sum has ``2 log₂ n`` (a tree), a broadcast ``n − 1`` (a chain).
+  which a sum has ``2 log₂ n`` (a tree), all others ``n − 1`` (a chain, or a ring).
 
 The gradients' sum runs beside the backward pass: only what is longer is waited for. What moves
 memory alone (updates, norms) is left out of all rows alike.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,30 @@ from harness import Waits
 
 NAME = os.environ.get("TEKFAC_DEVICE", "cpu")
 
+Pair = tuple[str, Any, Any]
 NoWaiting = Callable[[], AbstractContextManager[None]]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """On ``twin``, where each operator takes a hundred times as long, some of the cases stand for
+    all: any two parameters of a test meet there with all their values."""
+    if NAME != "twin":
+        return
+    tests: dict[str, dict[pytest.Item, set[Pair]]] = {}
+    for item in items:
+        given = sorted(item.callspec.params.items()) if hasattr(item, "callspec") else []
+        pairs = {(f"{a[0]} {b[0]}", repr(a[1]), repr(b[1])) for a in given for b in given if a != b}
+        tests.setdefault(item.nodeid.split("[")[0], {})[item] = pairs or {("", repr(given), "")}
+    kept: set[pytest.Item] = set()
+    for cases in tests.values():
+        missing = set().union(*cases.values())
+        while missing:
+            best = max(cases, key=lambda item: len(cases[item] & missing))
+            missing -= cases[best]
+            kept.add(best)
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
 
 
 @pytest.fixture

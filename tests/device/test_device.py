@@ -164,11 +164,11 @@ def test_only_a_refresh_of_the_basis_waits(
         options |= {"factor_rows": 1, "rank": 3, "storage": torch.bfloat16}
     model = network(kind, device)
     optimizer = build(method, model, fisher=fisher, **options)
-    data = batches(kind, device, range(9))
+    data = batches(kind, device, range(7))
     train(model, optimizer, data[:1])
     with no_waiting():
         train(model, optimizer, data[1:])
-    assert optimizer.counters["steps"] == 9
+    assert optimizer.counters["steps"] == 7
     assert finite(model, optimizer)
 
 
@@ -197,12 +197,14 @@ def test_a_run_resumes_exactly(
     method: str, storage: torch.dtype | None, moved: bool, device: torch.device
 ) -> None:
     """Also from a state that went through the CPU's memory."""
-    data = batches("convolutional", device, range(9))
+    if moved and device.type == "twin":
+        pytest.skip("torch.save knows nothing of a device that is not there")
+    data = batches("convolutional", device, range(7))
     model = network("convolutional", device)
     optimizer = build(method, model, basis_every=4, storage=storage, rank=3)
     train(model, optimizer, data[:3])
     kept = [copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())]
-    if moved and device.type != "twin":  # of which torch.save knows nothing
+    if moved:
         file = io.BytesIO()
         torch.save(kept, file)
         file.seek(0)
@@ -265,7 +267,7 @@ def test_storage(method: str, device: torch.device) -> None:
     for storage in (None, torch.bfloat16):
         model = network("convolutional", device)
         optimizer = build(method, model, storage=storage, basis_every=3)
-        data = batches("convolutional", device, range(1)) * 8
+        data = batches("convolutional", device, range(1)) * 6
         losses = train(model, optimizer, data)
         assert losses[-1] < losses[0]
         held = [
@@ -287,10 +289,11 @@ def test_a_batch_that_is_not_finite_changes_nothing(
 ) -> None:
     model = network("convolutional", device)
     optimizer = build(method, model, fisher=fisher, weight_decay=0.1)
-    data = batches("convolutional", device, range(7))
-    train(model, optimizer, data[:4])
+    data = batches("convolutional", device, range(4))
+    train(model, optimizer, data[:2])
     before = dict(learnt(model, optimizer))
-    spoilt = [(x.clone().fill_(value), y) for x, y in data[4:6]]
+    # One with factors due, and one with the rescaling.
+    spoilt = [(x.clone().fill_(value), y) for x, y in data[2:]]
     with no_waiting():
         train(model, optimizer, spoilt)
     with pytest.warns(RuntimeWarning, match="not finite"):

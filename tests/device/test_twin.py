@@ -15,7 +15,8 @@ from torch.utils import backend_registration
     "chosen",
     [
         "waits and TEKFAC-convolutional-mc-True",
-        pytest.param("test_device", marks=pytest.mark.slow),
+        pytest.param("waits or exact", marks=pytest.mark.slow),
+        pytest.param("test_device and not waits and not exact", marks=pytest.mark.slow),
     ],
 )
 def test_the_device_tests_on_a_device_that_is_not_there(chosen: str) -> None:

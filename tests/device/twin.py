@@ -7,6 +7,7 @@ step, and a copy that is waited for.
 
 from __future__ import annotations
 
+import functools
 import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.backend_registration import (
     _DummyBackendModule,
     _setup_privateuseone_for_python_backend,
@@ -76,24 +76,63 @@ class Mode(TorchDispatchMode):
 
 def dispatch(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """What an operator does, on the one device or the other."""
-    name = func.overloadpacket.__name__
-    tensors = [each for each in tree_flatten((args, kwargs))[0] if isinstance(each, Tensor)]
-    here = any(isinstance(tensor, Twin) for tensor in tensors)
+    tensors: list[Tensor] = []
+    inner_args = [_inner(each, tensors) for each in args]
+    inner_kwargs = {key: _inner(each, tensors) for key, each in kwargs.items()}
+    here = any(type(tensor) is Twin for tensor in tensors)
     device = kwargs.get("device")
     there = here if device is None else torch.device(device).type == NAME
-    _check(name, args, kwargs, tensors, here, there)
-    inner_args, inner_kwargs = tree_map(_inner, (list(args), dict(kwargs)))
+    if here or there:
+        _check(func.overloadpacket.__name__, args, kwargs, tensors, here, there)
     if device is not None:
         inner_kwargs["device"] = torch.device("cpu")
     result = func(*inner_args, **inner_kwargs)
     if not there:
         return result
-    result = tree_map(lambda each: Twin(each) if isinstance(each, Tensor) else each, result)
-    return return_and_correct_aliasing(func, args, kwargs, result) if here else result
+    changed = _changed(func)
+    if changed is not None:
+        return args[changed]
+    result = _outer(result)
+    # Of what is new torch's own function, which takes its time, would say the same.
+    return return_and_correct_aliasing(func, args, kwargs, result) if _aliases(func) else result
 
 
-def _inner(value: Any) -> Any:
-    return value.inner if isinstance(value, Twin) else value
+@functools.cache
+def _changed(func: Any) -> int | None:
+    """The place of what an operator changes in place and returns; None if it does other things."""
+    places = [n for n, each in enumerate(func._schema.arguments) if _written(each)]
+    returns = func._schema.returns
+    if len(places) != 1 or len(returns) != 1 or not _written(returns[0]):
+        return None
+    argument = func._schema.arguments[places[0]]
+    reshapes = torch.Tag.inplace_view in func.tags
+    return None if argument.kwarg_only or reshapes else places[0]
+
+
+@functools.cache
+def _aliases(func: Any) -> bool:
+    """Whether what an operator returns may lie in the memory of what it takes."""
+    return any(each.alias_info is not None for each in func._schema.arguments)
+
+
+def _written(place: Any) -> bool:
+    return place.alias_info is not None and place.alias_info.is_write
+
+
+def _inner(value: Any, tensors: list[Tensor]) -> Any:
+    """What lies in the CPU's memory; the tensors are noted."""
+    if isinstance(value, Tensor):
+        tensors.append(value)
+        return value.inner if type(value) is Twin else value
+    if isinstance(value, (list, tuple)):
+        return [_inner(each, tensors) for each in value]
+    return value
+
+
+def _outer(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return Twin(value)
+    return type(value)(map(_outer, value)) if isinstance(value, (list, tuple)) else value
 
 
 def _check(

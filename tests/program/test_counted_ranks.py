@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.ranks import __main__ as program
 from benchmarks.ranks import kaisa, report, simulation
-from benchmarks.ranks.counted import Counter, Message
+from benchmarks.ranks.counted import Counter, Message, exchanged
 from benchmarks.ranks.model import Machine
 from benchmarks.ranks.simulation import Network, Told, Work
 from processes import together
+from tekfac.ranks.ranks import GATHER
 
+FEW = "tekfac.ranks.ranks.FEW"
 WIDTHS = (20, 9, 12, 5)
 SECONDS = 180.0  # torch is slow to import on a busy machine
 
@@ -43,10 +46,18 @@ def small() -> Network:
 
 # -- one rank that pretends, and several -----------------------------------------------------------
 
-NAMES = {"all_reduce": "allreduce", "broadcast": "broadcast", "all_gather": "allgather"}
+NAMES = {
+    "all_reduce": "allreduce",
+    "broadcast": "broadcast",
+    "all_gather": "allgather",
+    GATHER: "allgather",
+    "all_to_all_single": "alltoall",
+}
 
 
-def really_told(method: str, options: dict[str, Any]) -> tuple[Told, list[tuple[str, int]]]:
+def really_told(
+    method: str, options: dict[str, Any], few: int
+) -> tuple[Told, list[tuple[str, int]]]:
     """What a rank of several says, and what the optimizer's own calls were in the last step."""
     network = small()
     torch.manual_seed(0)
@@ -62,44 +73,51 @@ def really_told(method: str, options: dict[str, Any]) -> tuple[Told, list[tuple[
             real = getattr(dist, name)
 
             def called(tensor: Any, *args: Any, **kwargs: Any) -> Any:
-                own = args[0] if name == "all_gather" else tensor
-                log.append((NAMES[name], own.numel() * own.element_size()))
+                own = tensor if name in ("all_reduce", "broadcast") else args[0]
+                entries = own.numel()
+                if name == "all_to_all_single":
+                    entries = exchanged(args[1], args[2], dist.get_rank(args[3]))
+                log.append((NAMES[name], entries * own.element_size()))
                 return real(tensor, *args, **kwargs)
 
             return mock.patch.object(dist, name, called)
 
-        with noted("all_reduce"), noted("broadcast"), noted("all_gather"):
+        with ExitStack() as stack:
+            for name in NAMES:
+                stack.enter_context(noted(name))
             taken()
 
     optimizer.step = step
-    with Counter() as counter:
+    with mock.patch(FEW, few), Counter() as counter:
         return simulation.steps(network, model, optimizer, counter), log
 
 
 @pytest.mark.parametrize(
-    ("method", "ranks", "placement"),
+    ("method", "ranks", "placement", "few", "quiet"),
     [
-        ("TEKFAC", 2, "replicated"),
-        ("TEKFAC", 2, "sharded"),
-        ("TEKFAC", 4, 0.5),
-        ("KFAC", 2, "sharded"),
+        ("TEKFAC", 2, "replicated", 2**14, []),
+        ("TEKFAC", 2, "sharded", 2**14, ["allgather"]),
+        ("TEKFAC", 4, 0.5, 0, ["allgather"]),
+        ("KFAC", 4, "sharded", 0, ["alltoall", "allgather"]),
     ],
 )
 def test_one_rank_alone_says_what_several_say(
-    method: str, ranks: int, placement: str | float
+    method: str, ranks: int, placement: str | float, few: int, quiet: list[str]
 ) -> None:
     options = {"placement": placement, "rank": 2}
-    alone = simulation.ask(small(), method, ranks, options)
-    for told, log in together(ranks, really_told, method, options, seconds=SECONDS):
+    real = together(ranks, really_told, method, options, few, seconds=SECONDS)
+    with mock.patch(FEW, few):
+        alone = simulation.ask(small(), method, ranks, options)
+    # The first rank is the one that is counted; others may have other bases to tell.
+    assert real[0][0].said == alone.said
+    for told, log in real:
         assert told.homes == alone.homes
         assert told.makers == alone.makers
         assert told.unit == alone.unit
         assert told.gradients == alone.gradients
-        # The sources of messages within a unit are numbered in it.
-        assert told.said == alone.said
         # Counted where torch is called, and not at its dispatcher.
-        assert log == [(message.kind, message.size) for message in alone.said["bases"]]
-    assert len(alone.said["quiet"]) == (0 if placement == "replicated" else alone.unit)
+        assert log == [(message.kind, message.size) for message in told.said["bases"]]
+        assert [message.kind for message in told.said["quiet"]] == quiet
 
 
 def only_gradients(curved: bool) -> list[list[Message]]:

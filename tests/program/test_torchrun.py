@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from agent import launch
 from command import PROGRAM, assert_identical, rows, workplace
 from tekfac.runs import folder as runs
 from tekfac.searches import search as searching
@@ -22,19 +23,19 @@ from tekfac.searches import search as searching
 TASK = ["--data", "small.npz", "--network", "mlp", "--device", "cpu", "--threads", "1"]
 TRAIN = ["train", *TASK, "--optimizer", "sgd", "--out", "run"]
 # That a command has ended by then is a part of every test here.
-SECONDS = 240
+SECONDS = 120
 # Kills of a rank in the test; twenty were done by hand.
 KILLS = 5
+EPOCHS = 24
 
 pytestmark = [pytest.mark.usefixtures(workplace.__name__), pytest.mark.slow]
 
 
-def torchrun(count: int, *arguments: str, restarts: int = 0, program: str = "") -> Any:
-    """The command by several ranks, each of which runs some lines of its own first."""
-    launch = ["--standalone", "--nproc-per-node", str(count), "--max-restarts", str(restarts)]
-    command = [sys.executable, "-c", program + PROGRAM, *arguments]
+def torchrun(count: int, *arguments: str) -> Any:
+    """The command by several ranks."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
     return subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", *launch, "--no-python", *command],
+        [sys.executable, *launch, "--no-python", sys.executable, "-c", PROGRAM, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -50,19 +51,29 @@ def ended(process: Any) -> tuple[int, str, list[str]]:
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)  # it ends the ranks
             process.communicate(timeout=60)
-    return process.returncode, output, [x for x in errors.splitlines() if x.startswith("tekfac: ")]
+    return process.returncode, output, own_lines(errors)
+
+
+def launched(count: int, *arguments: str, **options: Any) -> tuple[int, str, list[str]]:
+    """The same of a command by ranks that start at once."""
+    status, output, errors = launch(count, *arguments, **options)
+    return status, output, own_lines(errors)
+
+
+def own_lines(errors: str) -> list[str]:
+    return [line for line in errors.splitlines() if line.startswith("tekfac: ")]
 
 
 def test_one_rank_writes_and_the_same_command_goes_on() -> None:
-    status, output, errors = ended(torchrun(2, *TRAIN, "--epochs", "2"))
+    status, output, errors = launched(2, *TRAIN, "--epochs", "2")
     assert (status, errors) == (0, []), output
     assert re.findall(r"^ +(\d+) ", output, re.MULTILINE) == ["1", "2"]
     assert output.count("run in run") == 1
-    status, output, errors = ended(torchrun(2, *TRAIN, "--epochs", "3"))
+    status, output, errors = launched(2, *TRAIN, "--epochs", "3")
     assert (status, errors) == (0, []), output
     assert re.findall(r"^ +(\d+) ", output, re.MULTILINE) == ["3"]
     assert [row["epoch"] for row in rows(Path("run", runs.METRICS))] == ["1", "2", "3"]
-    status, _, errors = ended(torchrun(2, *TRAIN, "--epochs", "3", "--seed", "1"))
+    status, _, errors = launched(2, *TRAIN, "--epochs", "3", "--seed", "1")
     assert status == 1
     assert errors == [
         "tekfac: run holds a run of another configuration, seed 0 instead of 1: give another --out"
@@ -96,13 +107,12 @@ ranks.Group.weigh = weighed
 def killed_and_undisturbed(kills: int, most: float, optimizer: str) -> tuple[str, str, list[str]]:
     """What two runs print, ``killed`` and ``whole``, and who was killed."""
     options = ["train", "--data", "digits", "--limit-train", "250", "--network", "mlp", "--width"]
-    options += ["16", "--device", "cpu", "--threads", "1", "--batch-size", "25", "--epochs", "60"]
-    options += ["--optimizer", optimizer, "--augment", "--schedule", "cosine"]
-    status, output, errors = ended(torchrun(2, *options, "--out", "whole"))
+    options += ["16", "--device", "cpu", "--threads", "1", "--batch-size", "25", "--epochs"]
+    options += [str(EPOCHS), "--optimizer", optimizer, "--augment", "--schedule", "cosine"]
+    status, output, errors = launched(2, *options, "--out", "whole")
     assert (status, errors) == (0, []), output
     program = KILLED.format(kills=kills, most=most)
-    process = torchrun(2, *options, "--out", "killed", restarts=kills, program=program)
-    status, found, _ = ended(process)
+    status, found, _ = launched(2, *options, "--out", "killed", restarts=kills, program=program)
     assert status == 0, found
     return found, output, Path("kills").read_text().splitlines()
 
@@ -114,7 +124,7 @@ def test_killed_ranks_cost_the_epoch_in_flight_alone() -> None:
     epochs = [int(each) for each in re.findall(r"^ +(\d+) ", found, re.MULTILINE)]
     # Printed when it is on disk: none is trained again that was.
     assert epochs == sorted(set(epochs))
-    assert len(re.findall(r"^ +(\d+) ", expected, re.MULTILINE)) == 60
+    assert len(re.findall(r"^ +(\d+) ", expected, re.MULTILINE)) == EPOCHS
 
 
 def assert_same_run(one: str, other: str) -> None:
@@ -146,14 +156,14 @@ def test_interrupt_ends_all_with_one_message() -> None:
         pass
 
 
-def at_a_batch(what: str, rank: int) -> str:
-    """Lines that do something on one rank in the fifth batch."""
+def at_a_batch(what: str, rank: int, seconds: int) -> str:
+    """Lines that do something on one rank in the fifth batch, and wait for one that long."""
     return f"""\
-import os, signal
+import os, time
 from datetime import timedelta
 from tekfac.errors import InputError
 from tekfac.runs import ranks
-ranks.TIMEOUT = timedelta(seconds=20)
+ranks.TIMEOUT = timedelta(seconds={seconds})
 weigh, count = ranks.Group.weigh, 0
 def weighed(self, share):
     global count
@@ -172,13 +182,13 @@ ranks.Group.weigh = weighed
         ("raise OSError(28, 'No space left')", 0, "tekfac: No space left"),
         ("share = float('nan')", 1, "tekfac: the training loss became nan in epoch 2, batch 3."),
         ("os._exit(3)", 0, "tekfac: rank 1 lost another, which ended or did not answer ("),
-        ("os.kill(os.getpid(), signal.SIGSTOP)", 1, "tekfac: rank 0 lost another, which ended or"),
+        ("time.sleep(600)", 1, "tekfac: rank 0 lost another, which ended or"),
     ],
 )
 def test_trouble_on_one_rank_ends_all_with_one_message(what: str, rank: int, message: str) -> None:
-    program = at_a_batch(what, rank)
-    status, output, errors = ended(
-        torchrun(2, *TRAIN, "--epochs", "9", "--batch-size", "20", program=program)
+    program = at_a_batch(what, rank, seconds=8 if "sleep" in what else 60)
+    status, output, errors = launched(
+        2, *TRAIN, "--epochs", "9", "--batch-size", "20", program=program
     )
     assert status != 0, output
     assert len(errors) == 1, errors
@@ -186,7 +196,7 @@ def test_trouble_on_one_rank_ends_all_with_one_message(what: str, rank: int, mes
 
 
 def test_bad_options_are_one_message() -> None:
-    status, _, errors = ended(torchrun(2, *TRAIN, "--batch-size", "1"))
+    status, _, errors = launched(2, *TRAIN, "--batch-size", "1")
     assert status != 0
     assert len(errors) == 1
     assert errors[0].startswith("tekfac: 2 ranks cannot share batches of 1 images: give torchrun")
@@ -198,7 +208,7 @@ def test_search_by_ranks_that_are_killed_tries_each_point_once() -> None:
     options = ["search", *TASK, "--optimizer", "sgd", "--hold-out", "15", "--out", "s"]
     options += ["--grid", f"lr={','.join(rates)}", "--epochs", "12", "--no-prune"]
     program = KILLED.format(kills=1, most=0.1)
-    status, output, _ = ended(torchrun(2, *options, restarts=1, program=program))
+    status, output, _ = launched(2, *options, restarts=1, program=program)
     assert status == 0, output
     assert output.count("tekfac train") == 1
     assert Counter(re.findall(r"^lr ([\d.]+): finished", output, re.MULTILINE)) == Counter(rates)
@@ -211,7 +221,7 @@ def test_search_by_ranks_that_are_killed_tries_each_point_once() -> None:
 
 def test_reproduce_by_ranks() -> None:
     options = "reproduce table3 --scale smoke --optimizers sgd,tekfac --device cpu --out r"
-    status, output, errors = ended(torchrun(2, *options.split()))
+    status, output, errors = launched(2, *options.split())
     assert (status, errors) == (0, []), output
     assert output.count("table, picture and runs in r") == 1
     found = sorted(Path("r").glob(f"**/seed*/{runs.METRICS}"))

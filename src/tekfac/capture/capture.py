@@ -46,7 +46,7 @@ from tekfac.capture.passes import Overheard, Pass, Reached, ReachedBehind, parts
 from tekfac.checks import first_few
 from tekfac.layers import Assignment, ConvLayer, LinearLayer, as_used
 from tekfac.ranks.fully_sharded import Leaves, sharded_parts, whole
-from tekfac.ranks.group import is_parallel, parallel_parts
+from tekfac.ranks.group import parallel_parts, running_parts
 
 # Steps that were to measure a layer and did not see it, before that is said.
 PATIENCE = 3
@@ -87,6 +87,7 @@ class Capture:
         missed: whether compilers stopped standing aside, for an evaluation, and no pass that a step
             could have been measured by was seen since.
         parallel: whether the model was seen to run within a `DistributedDataParallel`.
+        uneven: whether that was seen to be one whose ranks may run out of batches.
     """
 
     def __init__(
@@ -106,7 +107,7 @@ class Capture:
         self.blocks, self.fisher = blocks, fisher
         self.likelihoods, self.outputs, self.mean_over = likelihoods, outputs, mean_over
         self.passes = 0
-        self.reentrant = self.compiled = self.parallel = False
+        self.reentrant = self.compiled = self.parallel = self.uneven = False
         self.problem: ValueError | None = None
         self.reached_layers: set[str] = set()
         self.strange: dict[str, str] = {}
@@ -266,7 +267,9 @@ class Capture:
         if not torch.is_grad_enabled() and not self._late:
             # Training pauses, or is over: compilers need not stand aside for what is evaluated.
             self.missed |= stand_down(self)
-        self.parallel |= is_parallel(self._parallel_parts)
+        running = running_parts(self._parallel_parts)
+        self.parallel |= bool(running)
+        self.uneven |= any(part._join_config.enable for part in running)
         if not self._looks():
             return
         self.missed = False

@@ -237,8 +237,7 @@ class Block(ABC):
         if self.held or basis is None:
             return
         input, output = (
-            each.to("meta") if each.shape[1] == each.shape[2] else each
-            for each in (basis.input, basis.output)
+            each.to("meta") if is_whole(each) else each for each in (basis.input, basis.output)
         )
         self.basis = replace(basis, input=input, output=output)
 
@@ -438,10 +437,14 @@ class Block(ABC):
         self._some, self._used = some, used
 
     @property
+    def rotating(self) -> bool:
+        """Whether samples wait for the basis with which this step ends."""
+        return False
+
+    @property
     def rescaling(self) -> bool:
         """Whether samples that waited for the basis are to be taken into the sums now."""
-        due = self.due.scale and self.due.late
-        return due and self.basis is not None and not self._used.refused
+        return self.rotating and self.basis is not None
 
     @property
     def refreshing(self) -> bool:
@@ -483,15 +486,20 @@ class Block(ABC):
         return True
 
     def vectors(self) -> list[Tensor]:
-        """The eigenvectors, input side first."""
+        """The eigenvectors that only those have who hold the block, input side first."""
         assert self.basis is not None
-        return [self.basis.input, self.basis.output]
+        return [each for each in (self.basis.input, self.basis.output) if is_whole(each)]
 
     def borrow(self, vectors: Sequence[Tensor]) -> None:
-        """Have the eigenvectors that another rank holds, until `release`."""
+        """Have the eigenvectors that another rank holds, those of `vectors`, until `release`."""
         assert self.basis is not None
         if not self.held:
-            self.basis = replace(self.basis, input=vectors[0], output=vectors[1])
+            lent = iter(vectors)
+            input, output = (
+                next(lent) if is_whole(each) else each
+                for each in (self.basis.input, self.basis.output)
+            )
+            self.basis = replace(self.basis, input=input, output=output)
 
     def rotate(self) -> None:  # noqa: B027
         """Take what waited for the basis into the sums; nothing where there is no rescaling."""
@@ -658,6 +666,11 @@ class Block(ABC):
                 f"got {tuple(vector.shape)}"
             )
         return self.layer.from_vector(vector)
+
+
+def is_whole(tensor: Tensor) -> bool:
+    """Whether it is all eigenvectors of a side, which only those keep who hold the block."""
+    return tensor.dim() == 3 and tensor.shape[1] == tensor.shape[2]
 
 
 def _low(_: int) -> int:

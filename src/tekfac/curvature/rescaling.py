@@ -58,6 +58,10 @@ class CorrectedBlock(Block):
     def empty(self) -> bool:
         return super().empty or self.scale is None
 
+    @property
+    def rotating(self) -> bool:
+        return self.due.scale and self.due.late and not self._used.refused
+
     def observe(self, sample: Sample) -> None:
         super().observe(sample)
         if self.due.scale:

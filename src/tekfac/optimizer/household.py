@@ -5,15 +5,15 @@ Alone, one process holds all of them and does everything itself, by the same cal
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from tekfac.curvature.blocks import STORED, Block
+from tekfac.curvature.blocks import STORED, Block, is_whole
 from tekfac.ranks.group import check_alike, digest
-from tekfac.ranks.placement import divided, holders, unit_size
+from tekfac.ranks.placement import divided, holders, members, unit_size
 from tekfac.ranks.ranks import Ranks
 from tekfac.ranks.shards import Divided, Undivided
 
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 Blocks = Mapping[str, Block]
+
+# Of eigenvectors, in bytes, that a rank has at once of blocks that it does not hold.
+LENT = 2**25
 
 
 class Household:
@@ -40,7 +43,7 @@ class Household:
     def __init__(self, ranks: Ranks, placement: str | float, mesh: DeviceMesh | None) -> None:
         self.ranks, self.placement = ranks, placement
         self.shards = Undivided() if mesh is None else Divided(mesh, ranks)
-        self.unit = Ranks()
+        self.unit = self._copies = Ranks()
         self.homes: dict[str, int] = {}
         self._alike = False
 
@@ -54,7 +57,9 @@ class Household:
         sizes = {name: block.state_bytes for name, block in blocks.items()}
         if not self.homes:
             size = unit_size(self.placement, self.ranks.count, sum(sizes.values()))
-            self.unit = self.ranks.unit(size)
+            number, count = self.ranks.number, self.ranks.count
+            self.unit = self.ranks.part(members(number, size))
+            self._copies = self.ranks.part(holders(number % size, count, size))
         unit = self.unit
         loads = [0] * unit.count
         for name, home in self.homes.items():
@@ -103,36 +108,54 @@ class Household:
     def refresh(self, due: Sequence[Block]) -> set[str]:
         """Make new bases, each on one of the ranks that hold its factors.
 
+        All ranks are told of them, but whole ones only those that hold the block, unless statistics
+        are rotated in this step.
+
         Returns:
             The names of blocks for which none could be found.
         """
-        ranks = self.ranks
-        places = [holders(self.homes[b.name], ranks.count, self.unit.count) for b in due]
+        ranks, unit = self.ranks, self.unit
+        places = [holders(self.homes[b.name], ranks.count, unit.count) for b in due]
         makers = divided([block.refresh_cost for block in due], places, [0] * ranks.count)
-        own = [
+        found = [
             block.eigen() if maker == ranks.number else block.eigen_shapes()
             for block, maker in zip(due, makers, strict=True)
         ]
-        sources = [maker for maker, each in zip(makers, own, strict=True) for _ in each]
-        found = iter(ranks.spread([tensor for each in own for tensor in each], sources))
+        told = _Parcel(), _Parcel()
+        for block, maker, each in zip(due, makers, found, strict=True):
+            for place, tensor in enumerate(each):
+                if unit.count == 1 or block.rotating or not is_whole(tensor):
+                    told[0].add(each, place, maker)
+                elif block.held:
+                    # Laid out as what is told: products are rounded by it, and a state is so.
+                    each[place] = tensor.contiguous()
+                    told[1].add(each, place, maker // unit.count)
+                else:
+                    each[place] = tensor.to("meta")
+        told[0].send(ranks)
+        told[1].send(self._copies)
         return {
-            block.name
-            for block, each in zip(due, own, strict=True)
-            if not block.refresh([next(found) for _ in each])
+            block.name for block, each in zip(due, found, strict=True) if not block.refresh(each)
         }
 
     def rotate(self, blocks: Blocks, fresh: set[str]) -> None:
-        """Take what waited for a basis into the sums, one block after the other.
+        """Take what waited for a basis into the sums, of as many blocks at once as may be lent.
 
         Args:
             blocks: all.
             fresh: those whose new basis every rank has.
         """
-        for block in blocks.values():
-            if block.rescaling:
-                if block.name not in fresh:
-                    home = self.homes[block.name]
-                    block.borrow(self.unit.spread(block.vectors(), [home, home]))
+        for some in _portions([block for block in blocks.values() if block.rescaling]):
+            lent = [block for block in some if block.name not in fresh]
+            vectors = [block.vectors() for block in lent]
+            parcel = _Parcel()
+            for block, each in zip(lent, vectors, strict=True):
+                for place in range(len(each)):
+                    parcel.add(each, place, self.homes[block.name])
+            parcel.send(self.unit)
+            for block, each in zip(lent, vectors, strict=True):
+                block.borrow(each)
+            for block in some:
                 block.rotate()
                 block.release()
 
@@ -178,3 +201,37 @@ class Household:
 
     def _homes(self, covered: Mapping[Tensor, str]) -> dict[Tensor, int]:
         return {p: self.homes[name] for p, name in covered.items()}
+
+
+class _Parcel:
+    """What is told at once: tensors in lists, which are replaced there by what their source has."""
+
+    def __init__(self) -> None:
+        self._places: list[tuple[list[Tensor], int]] = []
+        self._sources: list[int] = []
+
+    def add(self, tensors: list[Tensor], place: int, source: int) -> None:
+        """Take a tensor along, as it is at this member of those who will be told."""
+        self._places.append((tensors, place))
+        self._sources.append(source)
+
+    def send(self, ranks: Ranks) -> None:
+        """Tell."""
+        told = ranks.spread([tensors[place] for tensors, place in self._places], self._sources)
+        for (tensors, place), found in zip(self._places, told, strict=True):
+            tensors[place] = found
+
+
+def _portions(blocks: Sequence[Block]) -> Iterator[list[Block]]:
+    """These blocks, as many at once as have `LENT` bytes of eigenvectors together, or one."""
+    some: list[Block] = []
+    size = 0
+    for block in blocks:
+        own = sum(each.numel() * each.element_size() for each in block.vectors())
+        if some and size + own > LENT:
+            yield some
+            some, size = [], 0
+        some.append(block)
+        size += own
+    if some:
+        yield some

@@ -25,7 +25,7 @@ from tekfac.capture.fisher import SampledFisher, make_fisher
 from tekfac.capture.likelihoods import Likelihood, make_likelihoods
 from tekfac.capture.outputs import chosen_outputs, find_outputs
 from tekfac.curvature.blocks import Block
-from tekfac.curvature.damping import Damping, MeanDamping
+from tekfac.curvature.damping import AdaptiveDamping, Damping, MeanDamping
 from tekfac.layers import Layer, assign
 from tekfac.layers.assignment import plain_name
 from tekfac.optimizer import state
@@ -50,6 +50,7 @@ from tekfac.ranks.fully_sharded import plain_parameters
 from tekfac.ranks.group import facts_of, ranks_for
 from tekfac.ranks.placement import check_placement
 from tekfac.ranks.shards import local, mesh_of
+from tekfac.ranks.uneven import Uneven, check_joined, joinable_part
 from tekfac.verdict import YES, Verdict
 
 if TYPE_CHECKING:
@@ -178,6 +179,8 @@ class NaturalGradient(torch.optim.Optimizer):
     _called = False  # whether the model itself has been called in training
     _cleared = False  # whether gradients were cleared since the closure was called
     _reduction_ratio: float | None = None
+    _uneven: Uneven | None = None
+    _join_config: Any = None
     _initialised = False  # whether torch.distributed.checkpoint asked for all that a state has
     _settings: ClassVar[tuple[str, ...]] = (
         "factor_every",
@@ -518,7 +521,13 @@ class NaturalGradient(torch.optim.Optimizer):
         if trial is not None:
             trial.begin(loss, self._cleared)
         capture = self._open()
-        if capture.passes == 0 and all(group["lr"] == 0 for group in self.param_groups):
+        config = self._join_config
+        uneven = self._uneven if config is not None and config.enable else None
+        over = uneven is not None and uneven.over
+        check_joined(capture.uneven, config, over)
+        if uneven is not None:
+            uneven.share([p for group in self.param_groups for p in group["params"]])
+        elif capture.passes == 0 and all(group["lr"] == 0 for group in self.param_groups):
             self._initialise()
             return loss
         check_closure(self.param_groups, closure)
@@ -542,7 +551,7 @@ class NaturalGradient(torch.optim.Optimizer):
         self._agree(capture)
         self._timetable.welcome(self._blocks.values(), self._intervals())
         troubled = self._update_curvature(wanted)
-        if not capture.missed:
+        if not (capture.missed or over):
             check_measured(capture, self._blocks, troubled, self._events, self.model, self._method)
         note_unused(capture, self._blocks, self._ranks)
         capture.discard()
@@ -553,6 +562,46 @@ class NaturalGradient(torch.optim.Optimizer):
         self._events.counts["steps"] += 1
         self._set_due()
         return loss
+
+    def join_hook(self, **kwargs: Any) -> Any:
+        """For ``with torch.distributed.algorithms.join.Join([model, optimizer]):``.
+
+        There ranks may run out of batches before others do: they take part in the others' steps
+        then. A step belongs to each pass through the model but those within ``no_sync``.
+
+        Raises:
+            NotImplementedError: with `AdaptiveDamping`.
+            ValueError: if the model given has no `DistributedDataParallel`.
+        """
+        if any(isinstance(group["damping"], AdaptiveDamping) for group in self.param_groups):
+            raise NotImplementedError(
+                "AdaptiveDamping tries steps on all ranks' batches, and in a Join ranks may have "
+                "none: take another damping, or give all ranks as many batches"
+            )
+        part = joinable_part(self.model)
+        if self._uneven is not None:  # one that was left with an error
+            self._uneven.close()
+        self._uneven = Uneven(part, self._ranks, self._follow, self._leave_join)
+        return self._uneven
+
+    @property
+    def join_device(self) -> torch.device:
+        """Where `Join` has its messages."""
+        device: torch.device = joinable_part(self.model).join_device
+        return device
+
+    @property
+    def join_process_group(self) -> Any:
+        """The ranks that `Join` is about."""
+        return joinable_part(self.model).join_process_group
+
+    def _follow(self) -> None:
+        """Take a step that other ranks have a batch for."""
+        self.zero_grad()
+        self.step()
+
+    def _leave_join(self) -> None:
+        self._uneven = None
 
     def _initialise(self) -> None:
         """Make the state that a step would, as torch.distributed.checkpoint has it made.
@@ -814,7 +863,7 @@ class NaturalGradient(torch.optim.Optimizer):
         kept = {
             key: value
             for key, value in self.__dict__.items()
-            if key not in ("_capture", "step") and not key.startswith("_optimizer_")
+            if key not in ("_capture", "_uneven", "step") and not key.startswith("_optimizer_")
         }
         called = self._called if self._capture is None else self._capture.called
         closed = self._capture is None

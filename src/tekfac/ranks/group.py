@@ -119,21 +119,10 @@ def parallel_parts(model: nn.Module) -> list[DistributedDataParallel]:
     return [part for part in model.modules() if isinstance(part, DistributedDataParallel)]
 
 
-def is_parallel(parts: Sequence[DistributedDataParallel]) -> bool:
-    """Whether a forward pass is one of several ranks, that of these parts or around the model.
-
-    Raises:
-        NotImplementedError: if ranks may have different numbers of batches there.
-    """
+def running_parts(parts: Sequence[DistributedDataParallel]) -> list[DistributedDataParallel]:
+    """Of what a forward pass is one of several ranks: these parts, and what is around the model."""
     around = getattr(DistributedDataParallel, "_active_ddp_module", None)
-    there = [*parts, *([] if around is None else [around])]
-    if any(part._join_config.enable for part in there):
-        raise NotImplementedError(
-            "ranks that run out of batches before the others do (join) are not supported: those "
-            "that go on would wait for their statistics. Give all ranks as many batches, some of "
-            "them without terms if need be"
-        )
-    return bool(there)
+    return [*parts, *([] if around is None else [around])]
 
 
 def digest(facts: Mapping[str, str]) -> int:

@@ -8,12 +8,19 @@ them has seen. So there is nothing to wait for that does not come.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+# Entries that are sent without need rather than in a collective of their own.
+FEW = 2**14
+
+# Newer versions of torch have another name for it.
+GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
 
 
 class Pooled(Protocol):
@@ -41,8 +48,8 @@ class Ranks:
     averaged: bool = True
     world: Sequence[int] = ()
 
-    def unit(self, size: int) -> Ranks:
-        """The ``size`` consecutive ranks that this one is among; all must ask."""
+    def part(self, numbers: Sequence[int]) -> Ranks:
+        """Some of these ranks, by their numbers, this one among them; all of those must ask."""
         return self
 
     def share(self, amount: int | None) -> int | None:
@@ -112,51 +119,82 @@ class Group(Ranks):
         self.count, self.number = dist.get_world_size(group), dist.get_rank(group)
         self.world = dist.get_process_group_ranks(group)
 
-    def unit(self, size: int) -> Ranks:
-        if size == 1:
+    def part(self, numbers: Sequence[int]) -> Ranks:
+        if len(numbers) == 1:
             return Ranks()
-        if size == self.count:
+        if len(numbers) == self.count:
             return self
-        first = self.number // size * size
-        names = self.world[first : first + size]
-        # Only members take part, so that a group of some of the world's ranks can have units.
+        names = [self.world[number] for number in numbers]
+        # Only members take part, so that a group of some of the world's ranks can have parts.
         own = dist.new_group(names, use_local_synchronization=True)
         return Group(own, self.device, self.wire, self.averaged)
 
     def pool(self, blocks: Sequence[Pooled], late: bool) -> None:
         own = [block.sums(late) for block in blocks]
         parts = [part for sums in own for part in sums.values()]
-        totals = iter(self._fused(parts, self._sent_as, self._added))
+        totals = list(parts)
+        for dtype, numbers in _by_type(map(self._sent_as, parts)).items():
+            flat = [parts[number].to(self.device, dtype).flatten() for number in numbers]
+            buffer = torch.cat(flat)
+            dist.all_reduce(buffer, dist.ReduceOp.SUM, self.group)
+            for number, place in zip(numbers, buffer.split([len(e) for e in flat]), strict=True):
+                part = parts[number]
+                totals[number] = place.view(part.shape).to(part.device, part.dtype)
+        found = iter(totals)
         for block, sums in zip(blocks, own, strict=True):
-            block.take_sums({name: next(totals) for name in sums})
+            block.take_sums({name: next(found) for name in sums})
 
     def spread(self, tensors: Sequence[Tensor], sources: Sequence[int]) -> list[Tensor]:
         result = list(tensors)
-        running = []
-        for source in sorted(set(sources)):
-            numbers = [number for number, other in enumerate(sources) if other == source]
-            some = [tensors[number] for number in numbers]
+        for dtype, numbers in _by_type(each.dtype for each in tensors).items():
+            numbers.sort(key=sources.__getitem__)
+            sizes = [0] * self.count
+            for number in numbers:
+                sizes[sources[number]] += tensors[number].numel()
+            own = [tensors[n].to(self.device).flatten() for n in numbers if self._is(sources[n])]
+            told = torch.cat([*own, torch.empty(0, dtype=dtype, device=self.device)])
+            places = self._on_all(told, sizes).split([tensors[n].numel() for n in numbers])
+            for number, place in zip(numbers, places, strict=True):
+                like = tensors[number]
+                here = place if like.is_meta else place.to(like.device)
+                # In memory of its own everywhere: how products are rounded depends on where they
+                # find what they multiply, and ranks' results are to be the same to the last bit.
+                result[number] = here.view(like.shape).clone()
+        return result
 
-            def told(buffer: Tensor, source: int = source) -> None:
-                work = dist.broadcast(buffer, self.world[source], self.group, async_op=True)
-                running.append(work)
+    def _on_all(self, own: Tensor, sizes: Sequence[int]) -> Tensor:
+        """Vectors of these sizes, one of each rank, one after the other and on all ranks."""
+        total, largest = sum(sizes), max(sizes)
+        if largest == total:  # nobody else has anything
+            giver = sizes.index(total)
+            buffer = own if self._is(giver) else own.new_empty(total)
+            if total:
+                dist.broadcast(buffer, self.world[giver], self.group)
+            return buffer
+        if self.count * largest - total <= max(total // 4, FEW):
+            # All are as long as the longest.
+            filled = torch.cat([own, own.new_zeros(largest - len(own))])
+            parts = self._gathered(filled).split(largest)
+            return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+        # First into equal shares: to fill up would send the longest as often as there are ranks.
+        share = -(-total // self.count)
+        ends = list(accumulate(sizes))
+        own_ends = range(share, share * self.count + 1, share)
+        mine = [_common(ends[self.number], sizes[self.number], end, share) for end in own_ends]
+        end = own_ends[self.number]
+        theirs = [_common(e, size, end, share) for e, size in zip(ends, sizes, strict=True)]
+        part = own.new_zeros(share)
+        dist.all_to_all_single(part[: sum(theirs)], own, theirs, mine, self.group)
+        return self._gathered(part)[:total]
 
-            here = some if source == self.number else [self._room(each) for each in some]
-            found = self._fused(here, lambda each: each.dtype, told)
-            if source != self.number:
-                for number, each in zip(numbers, found, strict=True):
-                    result[number] = each
-        for work in running:
-            assert work is not None
-            work.wait()
-        # In memory of its own everywhere: how products are rounded depends on where they find what
-        # they multiply, and ranks' results are to be the same to the last bit.
-        return [
-            (each if like.is_meta else each.to(like.device)).clone(
-                memory_format=torch.contiguous_format
-            )
-            for each, like in zip(result, tensors, strict=True)
-        ]
+    def _gathered(self, own: Tensor) -> Tensor:
+        """Vectors of one size, one after the other."""
+        buffer = own.new_empty(self.count * len(own))
+        getattr(dist, GATHER)(buffer, own, self.group)
+        return buffer
+
+    def _is(self, number: int) -> bool:
+        return number == self.number
 
     def exchange(self, sent: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
         buffer = sent[0].new_empty(sum(sizes))
@@ -209,28 +247,15 @@ class Group(Ranks):
     def _sent_as(self, part: Tensor) -> torch.dtype:
         return part.dtype if self.wire is None or part.dim() < 2 else self.wire
 
-    def _added(self, buffer: Tensor) -> None:
-        dist.all_reduce(buffer, dist.ReduceOp.SUM, self.group)
 
-    def _room(self, like: Tensor) -> Tensor:
-        return torch.empty(like.shape, dtype=like.dtype, device=self.device)
+def _by_type(types: Iterable[torch.dtype]) -> dict[torch.dtype, list[int]]:
+    """The numbers of those of each type: what is sent at once is of one."""
+    found: dict[torch.dtype, list[int]] = {}
+    for number, dtype in enumerate(types):
+        found.setdefault(dtype, []).append(number)
+    return found
 
-    def _fused(
-        self,
-        parts: Sequence[Tensor],
-        sent_as: Callable[[Tensor], torch.dtype],
-        told: Callable[[Tensor], None],
-    ) -> list[Tensor]:
-        """The parts, each in the place that it has in what is told: one buffer for each type."""
-        by_type: dict[torch.dtype, list[int]] = {}
-        for number, part in enumerate(parts):
-            by_type.setdefault(sent_as(part), []).append(number)
-        result = list(parts)
-        for dtype, numbers in by_type.items():
-            some = [parts[number] for number in numbers]
-            buffer = torch.cat([each.to(self.device, dtype).flatten() for each in some])
-            told(buffer)
-            places = buffer.split([each.numel() for each in some])
-            for number, each, place in zip(numbers, some, places, strict=True):
-                result[number] = place.view(each.shape).to(each.device, each.dtype)
-        return result
+
+def _common(end: int, size: int, other_end: int, other_size: int) -> int:
+    """How many entries two intervals have in common."""
+    return max(0, min(end, other_end) - max(end - size, other_end - other_size))
