@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+import tekfac
 from tekfac.runs.config import Config
 from tekfac.runs.optimizers import METHODS
 
@@ -115,6 +119,79 @@ def test_adaptive_damping_is_compared(
     assert all(len(row[4].split(", ")) == 4 for row in rows)
     assert [row[6] for row in rows[::2]] == ["0.1", "0.1"]
     assert all(row[6] != "0.3" for row in rows[1::2])
+
+
+class Normed(nn.Module):
+    """Two layers on each of some positions, and a norm layer between."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(5, 6), norm, nn.Linear(6, 4)
+        nn.init.normal_(norm.weight)
+        nn.init.normal_(norm.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        x = self.norm(x) if isinstance(self.norm, nn.LayerNorm) else self.norm(x.mT).mT
+        return self.last(torch.tanh(x))
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm(6), nn.BatchNorm1d(6)], ids=["layer", "batch"])
+def test_norm_layers_have_their_fisher_matrix(
+    monkeypatch: pytest.MonkeyPatch, norm: nn.Module
+) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2])
+    norms = importlib.import_module("benchmarks.norms")
+    torch.manual_seed(0)
+    network = Normed(norm).double()
+    before = copy.deepcopy(network)
+    x, y = torch.randn(7, 3, 5, dtype=torch.float64), torch.randint(4, (7, 3))
+    task = SimpleNamespace(likelihood=tekfac.Categorical(dim=-1), mean_over="terms")
+    drawn = []
+    sample = tekfac.Categorical.sample
+
+    def recorded(*given: Any) -> torch.Tensor:
+        drawn.append(sample(*given))
+        return drawn[-1]
+
+    monkeypatch.setattr(tekfac.Categorical, "sample", recorded)
+    optimizer = norms.Norms(network, task, crossed=True, separate=False)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(network(x).flatten(0, 1), y.flatten())
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert len(drawn) == 1
+    own = list(before.norm.parameters())
+    truth = torch.zeros(6, 2, 2, dtype=torch.float64)
+    for example, cotangent in zip(before(x), drawn[0], strict=True):
+        gradient = torch.stack(torch.autograd.grad(example, own, cotangent, retain_graph=True), 1)
+        truth += gradient[:, :, None] * gradient[:, None] / 21
+    torch.testing.assert_close(optimizer.norms[0].average, truth)
+
+
+def test_norm_layers_are_compared(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2])
+    norms = importlib.import_module("benchmarks.norms")
+    given = "--tasks gpt --steps 3 --seeds 0 --fraction 0.1 --contenders"
+    contenders = [
+        "adam",
+        "adam,norm_lr=0.1",
+        "unit,lr=0.1",
+        "separate,lr=0.1,power=0.5",
+        "adamw,lr=0.1",
+    ]
+    norms.main([*given.split(), *contenders])
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[3] for row in rows] == contenders
+    losses = [row[4] for row in rows]
+    assert len(set(losses)) == len(contenders)
+    assert all(len(each.split(", ")) == 3 for each in losses)
 
 
 @pytest.fixture
