@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -512,3 +513,12 @@ def test_comparison_figure_is_drawn_when_all_runs_diverged_or_fail() -> None:
 def test_comparison_figure_shows_the_end_of_good_runs_large() -> None:
     figure = plots.comparison_figure({"SGD": [history([0.1, 0.5, 0.98])]}, "digits", target=0.97)
     assert 85 < figure.axes[0].get_ylim()[0] < 90
+
+
+def test_help_does_not_wait_for_what_reads_data() -> None:
+    """Torchvision and scikit-learn take seconds to import."""
+    said = "import sys, tekfac.cli.app; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", said], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert not {"torchvision", "sklearn", "torch._dynamo"} & set(done.stdout.split())

@@ -151,10 +151,10 @@ class Sets:
     def go_offline(self) -> None:
         """Let all URLs point nowhere."""
         for dataset in (datasets.CIFAR10, datasets.CIFAR100):
-            self.patch.setattr(dataset, "url", NOWHERE)
+            self.patch.setattr(dataset, "url", NOWHERE + dataset.filename)
         for dataset in (datasets.MNIST, datasets.FashionMNIST):
             self.patch.setattr(dataset, "mirrors", [NOWHERE])
-        nowhere = {k: [NOWHERE, *v[1:]] for k, v in datasets.SVHN.split_list.items()}
+        nowhere = {k: [NOWHERE + v[1], *v[1:]] for k, v in datasets.SVHN.split_list.items()}
         self.patch.setattr(datasets.SVHN, "split_list", nowhere)
 
     def check(self, name: str, loaded: data.Dataset) -> None:

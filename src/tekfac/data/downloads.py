@@ -1,4 +1,7 @@
-"""Well-known data sets through torchvision, which downloads them and verifies their checksums."""
+"""Well-known data sets through torchvision, which downloads them and verifies their checksums.
+
+It takes seconds to import, and is when a data set is asked for.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
+from typing import Any
 from urllib.error import URLError
 
 import numpy as np
 from numpy.typing import NDArray
-from torchvision.datasets import CIFAR10, CIFAR100, MNIST, SVHN, FashionMNIST
 
 from tekfac.errors import InputError
 
@@ -42,50 +45,61 @@ class Download:
             uint8 images, N×C×H×W, and int64 labels, N.
         classes: the number of classes.
         augment: whether the paper trains on random crops and flips of it.
-        urls: where its files are to be had.
+        urls: gives where its files are to be had.
         folder: where in the data folder they belong, as they are.
     """
 
     read: Callable[[Path, bool], Part]
     classes: int
     augment: bool
-    urls: Sequence[str]
+    urls: Callable[[], Sequence[str]]
     folder: str = ""
 
 
-def _cifar(dataset: type[CIFAR10]) -> Callable[[Path, bool], Part]:
+def _dataset(name: str) -> Any:
+    """A class of torchvision's."""
+    from torchvision import datasets
+
+    return getattr(datasets, name)
+
+
+def _cifar(name: str, classes: int) -> Download:
     def read(root: Path, train: bool) -> Part:
-        part = dataset(root, train=train, download=True)
+        part = _dataset(name)(root, train=train, download=True)
         return np.moveaxis(part.data, -1, 1), np.array(part.targets, dtype=np.int64)
 
-    return read
+    return Download(read, classes, True, lambda: [_dataset(name).url])
 
 
-def _svhn(root: Path, train: bool) -> Part:
-    part = SVHN(root, split="train" if train else "test", download=True)
-    return part.data, part.labels
-
-
-def _mnist(dataset: type[MNIST]) -> Callable[[Path, bool], Part]:
+def _svhn() -> Download:
     def read(root: Path, train: bool) -> Part:
-        part = dataset(root, train=train, download=True)
+        part = _dataset("SVHN")(root, split="train" if train else "test", download=True)
+        return part.data, part.labels
+
+    def urls() -> list[str]:
+        return [_dataset("SVHN").split_list[part][0] for part in ("train", "test")]
+
+    return Download(read, 10, False, urls)
+
+
+def _mnist(name: str) -> Download:
+    def read(root: Path, train: bool) -> Part:
+        part = _dataset(name)(root, train=train, download=True)
         return part.data[:, None].numpy(), part.targets.numpy()
 
-    return read
+    def urls() -> list[str]:
+        files = _dataset(name)
+        return [files.mirrors[0] + file for file, _ in files.resources]
 
-
-def _mnist_urls(dataset: type[MNIST]) -> list[str]:
-    return [dataset.mirrors[0] + file for file, _ in dataset.resources]
+    return Download(read, 10, False, urls, f"{name}/raw")
 
 
 DOWNLOADS: dict[str, Download] = {
-    "cifar10": Download(_cifar(CIFAR10), 10, True, [CIFAR10.url]),
-    "cifar100": Download(_cifar(CIFAR100), 100, True, [CIFAR100.url]),
-    "svhn": Download(_svhn, 10, False, [SVHN.split_list[part][0] for part in ("train", "test")]),
-    "mnist": Download(_mnist(MNIST), 10, False, _mnist_urls(MNIST), "MNIST/raw"),
-    "fashion-mnist": Download(
-        _mnist(FashionMNIST), 10, False, _mnist_urls(FashionMNIST), "FashionMNIST/raw"
-    ),
+    "cifar10": _cifar("CIFAR10", 10),
+    "cifar100": _cifar("CIFAR100", 100),
+    "svhn": _svhn(),
+    "mnist": _mnist("MNIST"),
+    "fashion-mnist": _mnist("FashionMNIST"),
 }
 
 
@@ -107,7 +121,7 @@ def read(name: str, root: Path) -> tuple[Part, Part]:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(
             f"--data {name} can be neither read from {root} nor downloaded ({reason}). By hand: "
-            f"download {' '.join(source.urls)} and put what you get, as it is, into "
+            f"download {' '.join(source.urls())} and put what you get, as it is, into "
             f"{root / source.folder}; delete files unpacked from it earlier, if there are any"
         ) from error
     except OSError as error:

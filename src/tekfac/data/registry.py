@@ -10,7 +10,6 @@ from tekfac.data.dataset import Dataset, assemble
 from tekfac.data.digits import load_digits_dataset
 from tekfac.data.downloads import DOWNLOADS
 from tekfac.data.npz import load_npz
-from tekfac.data.pictures import load_image_folder
 from tekfac.errors import InputError
 
 # Where data sets to be downloaded are kept, unless the user says.
@@ -79,6 +78,8 @@ def load(source: str, image_size: int | None = None, data_dir: str | None = None
     source = canonical_source(source)
     data_dir = canonical_data_dir(source, data_dir)
     if Path(source).is_dir() and source not in NAMED:
+        from tekfac.data.pictures import load_image_folder  # imports torchvision
+
         return load_image_folder(Path(source), 32 if image_size is None else image_size)
     if image_size is not None:
         raise InputError("--image-size is for image folders only: other data keep their size")

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.exc import TorchDynamoException
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -201,8 +200,14 @@ class Training:
         return loss_sum / seen, correct_sum / seen, lr
 
     def _forward(self, x: Tensor) -> Tensor:
+        output: Tensor
+        if not self.config.compile:
+            output = self._called(x)
+            return output
+        from torch._dynamo.exc import TorchDynamoException  # takes seconds
+
         try:
-            output: Tensor = self._called(x)
+            output = self._called(x)
         except TorchDynamoException as error:
             reason = " ".join(str(error).split("\n")[:2]).strip()
             raise InputError(
