@@ -31,6 +31,7 @@ from tekfac.capture.graph import (
     Use,
     behind,
     go_through,
+    made_at,
     measuring,
     own_pass,
     read_inputs,
@@ -40,6 +41,7 @@ from tekfac.capture.graph import (
 )
 from tekfac.capture.hook import Hook, drop_inert
 from tekfac.capture.likelihoods import Likelihood
+from tekfac.capture.losses import fed_into, losses_in
 from tekfac.capture.observer import Observer, cleared
 from tekfac.capture.outputs import find_outputs, tensors_of
 from tekfac.capture.passes import Overheard, Pass, Reached, ReachedBehind, parts_of
@@ -304,6 +306,13 @@ class Capture:
 
     def _note(self, here: Pass, name: str, result: Any) -> None:
         """Wait for a backward pass from what the model, or a part of it, returned."""
+        if not self._chosen and (losses := losses_in(result)):
+            for fed in fed_into(losses, self.likelihoods):
+                if self.fisher is not None:
+                    fed.likelihood.check(fed.values)
+                number = self._add(here, name, fed.values, fed.likelihood)
+                self._await(here, number, made_at(fed.edge))
+            return
         found = self.outputs(result)
         if len(self.likelihoods) not in (1, len(found)):
             raise ValueError(
@@ -338,20 +347,25 @@ class Capture:
         """Wait for the backward pass to reach an output, or one of what it was made of."""
         if self.fisher is not None:
             likelihood.check(output)
-        number = len(here.outputs)
-        here.places.append((name, sum(name == other for other, _ in here.places)))
-        here.outputs.append(output.detach())
-        here.likelihoods.append(likelihood)
-        if not output.requires_grad:
-            return
         # What the user changes in place later is not what the labels are drawn from.
-        here.outputs[number] = output.detach().clone()
+        values = output.detach().clone() if output.requires_grad else output.detach()
+        number = self._add(here, name, values, likelihood)
         for each in made_of:
             edge = source_of(each)
             edge.node.register_prehook(ReachedBehind(self, here, number, edge.output_nr))
-        if not made_of:
-            edge = source_of(output)
-            edge.node.register_prehook(Reached(self, here, number, edge.output_nr))
+        if output.requires_grad and not made_of:
+            self._await(here, number, source_of(output))
+
+    @staticmethod
+    def _add(here: Pass, name: str, values: Tensor, likelihood: Likelihood) -> int:
+        """Note an output; its number."""
+        here.places.append((name, sum(name == other for other, _ in here.places)))
+        here.outputs.append(values)
+        here.likelihoods.append(likelihood)
+        return len(here.outputs) - 1
+
+    def _await(self, here: Pass, number: int, edge: GradientEdge) -> None:
+        edge.node.register_prehook(Reached(self, here, number, edge.output_nr))
 
     # -- backward ----------------------------------------------------------------------------------
 

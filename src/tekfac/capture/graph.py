@@ -505,7 +505,11 @@ def source_of(output: Tensor) -> GradientEdge:
     A wrapper's ``.float()`` may be off the way that the loss takes; what it cast is on it. And
     `DistributedDataParallel` has outputs go through a node that must see the user's passes only.
     """
-    edge = get_gradient_edge(output)
+    return made_at(get_gradient_edge(output))
+
+
+def made_at(edge: GradientEdge) -> GradientEdge:
+    """`source_of`, by a place in the graph."""
     while edge.node.name() in ("ToCopyBackward0", PARALLEL_SINK):
         # The sink passes all outputs on, each in its place.
         place = edge.output_nr if edge.node.name() == PARALLEL_SINK else 0

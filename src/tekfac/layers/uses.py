@@ -251,14 +251,14 @@ RESHAPES: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "TBackward0": lambda node, tensor: tensor.mT,
     "NumpyTBackward0": lambda node, tensor: tensor.permute(*range(tensor.dim())[::-1]),
     "TransposeBackward0": lambda node, tensor: tensor.transpose(
-        _axis(node._saved_dim0), _axis(node._saved_dim1)
+        axis_of(node._saved_dim0), axis_of(node._saved_dim1)
     ),
-    "PermuteBackward0": lambda node, tensor: tensor.permute(*map(_axis, node._saved_dims)),
+    "PermuteBackward0": lambda node, tensor: tensor.permute(*map(axis_of, node._saved_dims)),
     "ExpandBackward0": lambda node, tensor: tensor.expand(tuple(node._input_metadata[0].shape)),
 }
 
 
-def _axis(saved: int) -> int:
+def axis_of(saved: int) -> int:
     """An axis; autograd keeps one that is counted from the end as an unsigned number."""
     return saved - 2**64 if saved >= 2**63 else saved
 
