@@ -1,0 +1,143 @@
+"""Situations from other people's code: measured as it should be, or said once in words."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import tekfac
+from test_measured import build, labels, near, network, seeded, traces
+from test_uses import dense_fisher
+
+torch.set_num_threads(1)
+
+
+# -- what is trained at all ------------------------------------------------------------------------
+
+
+def train(model: nn.Module, optimizer: tekfac.NaturalGradient, steps: int = 2) -> None:
+    for _ in range(steps):
+        optimizer.zero_grad()
+        F.cross_entropy(model(seeded(6, 4)), labels(6)).backward()
+        optimizer.step()
+
+
+def test_a_layer_that_was_unfrozen_is_told_of_until_it_is_added() -> None:
+    model = network()
+    model[0].requires_grad_(False)
+    optimizer = tekfac.TEKFAC(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(model, optimizer)
+    model[0].requires_grad_(True)
+    with pytest.warns(RuntimeWarning, match=r"parameters '0.weight', '0.bias' have .* in no param"):
+        train(model, optimizer)
+    before = model[0].weight.detach().clone()
+    optimizer.add_param_group({"params": list(model[0].parameters())})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(model, optimizer)
+    assert not torch.equal(before, model[0].weight)
+
+
+def test_a_head_that_was_replaced_is_told_of() -> None:
+    model = network()
+    optimizer = tekfac.TEKFAC(model)
+    train(model, optimizer)
+    model[2] = nn.Linear(5, 3).double()
+    with pytest.warns(RuntimeWarning, match=r"parameters '2.weight', '2.bias' have gradients"):
+        train(model, optimizer, 12)
+
+
+def test_who_gave_groups_knows_what_is_in_none() -> None:
+    model = network()
+    optimizer = tekfac.TEKFAC(model, params=[{"params": list(model[2].parameters())}])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(model, optimizer)
+
+
+class Wave(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.phase = nn.Parameter(torch.randn(4, 5, dtype=torch.cdouble))
+        self.head = nn.Linear(5, 3).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head((x.to(self.phase.dtype) @ self.phase).abs())
+
+
+def test_complex_parameters_beside_real_ones() -> None:
+    model = Wave()
+    optimizer = build(model, lr=1e-2, first_order=tekfac.Adam(lr=1e-3))
+    own = torch.optim.Adam([model.phase.detach().clone().requires_grad_()], lr=1e-3)
+    loss = F.cross_entropy(model(seeded(6, 4)), labels(6))
+    loss.backward()
+    [copy] = own.param_groups[0]["params"]
+    copy.grad = model.phase.grad.clone()
+    own.step()
+    optimizer.step()
+    torch.testing.assert_close(model.phase, copy)
+    assert optimizer.treatment()["phase"] == "first order: Wave has no curvature block"
+    # One that is not finite ends the step.
+    optimizer.zero_grad()
+    (model(seeded(6, 4)).sum() * torch.nan).backward()
+    with pytest.warns(RuntimeWarning, match="not finite"):
+        optimizer.step()
+    torch.testing.assert_close(model.phase, copy)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+def test_what_torch_jit_has_compiled() -> None:
+    model = torch.jit.trace(network(), seeded(6, 4))
+    with pytest.raises(TypeError, match=r"give it the model as it was before torch\.jit"):
+        tekfac.TEKFAC(model)
+    parts = nn.Sequential(torch.jit.script(network()), nn.Linear(3, 3).double())
+    optimizer = build(parts)
+    F.cross_entropy(parts(seeded(6, 4)), labels(6)).backward()
+    optimizer.step()
+    assert "compiled by torch.jit" in optimizer.treatment()["0.0.weight"]
+    truth = dense_fisher([parts(row[None]) for row in seeded(6, 4)], list(parts[1].parameters()))
+    assert optimizer.blocks["1"].trace == pytest.approx(float(truth.trace()), rel=1e-9)
+
+
+# -- what is made of an output ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("likelihood", ["categorical", tekfac.Categorical(dim=1)])
+@pytest.mark.parametrize("fisher", ["exact", "empirical"])
+def test_a_temperature_in_output(likelihood: Any, fisher: str) -> None:
+    """The loss divides the logits: so does ``output=``, and some examples do not count."""
+    model, x, y = network(), seeded(6, 4), labels(6)
+    y[2] = -100
+
+    def run(m: nn.Module) -> Tensor:
+        return F.cross_entropy(m(x) / 4, y)
+
+    options = {"likelihood": likelihood, "fisher": fisher, "output": lambda logits: logits / 4}
+    found = traces(model, run, **options)
+    for name, trace in found.items():
+        parameters = list(model[int(name)].parameters())
+        if fisher == "exact":
+            rows = [model(row[None]) / 4 for row in x[y >= 0]]
+            truth = float(dense_fisher(rows, parameters).trace())
+        else:
+            truth = 0.0
+            for row, label in zip(x[y >= 0], y[y >= 0], strict=True):
+                loss = F.cross_entropy(model(row[None]) / 4, label[None])
+                own = torch.autograd.grad(loss, parameters)
+                truth += sum(float(g.square().sum()) for g in own) / 5
+        assert trace == pytest.approx(truth, rel=1e-9)
+
+
+def test_probabilities_of_which_output_makes_logits() -> None:
+    x, y = seeded(6, 4), labels(6)
+    plain = traces(network(), lambda m: F.cross_entropy(m(x), y))
+    model = nn.Sequential(*network(), nn.Softmax(1))
+    near(traces(model, lambda m: F.nll_loss(m(x).log(), y), output=torch.log), plain)
