@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import tekfac
 from test_measured import build, labels, near, network, seeded, traces
-from test_uses import dense_fisher
+from test_uses import check, dense_fisher
 
 torch.set_num_threads(1)
 
@@ -141,3 +141,54 @@ def test_probabilities_of_which_output_makes_logits() -> None:
     plain = traces(network(), lambda m: F.cross_entropy(m(x), y))
     model = nn.Sequential(*network(), nn.Softmax(1))
     near(traces(model, lambda m: F.nll_loss(m(x).log(), y), output=torch.log), plain)
+
+
+# -- whose row is whose ----------------------------------------------------------------------------
+
+
+class Shuffled(nn.Module):
+    """One layer sees the examples twice, the second time in another order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor, order: Tensor) -> Tensor:
+        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
+        return self.head(self.first(x) + self.first(x[order]).tanh()[back])
+
+
+def test_a_layer_that_sees_the_examples_in_two_orders() -> None:
+    torch.manual_seed(0)
+    x, y, order = seeded(6, 4), labels(6), torch.tensor([3, 0, 5, 1, 4, 2])
+    check(
+        Shuffled(),
+        lambda m: F.cross_entropy(m(x, order), y),
+        lambda m: [m(row[None], torch.tensor([0])) for row in x],
+        {"first", "head"},
+    )
+
+
+class Packed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.head = nn.LSTM(4, 3, batch_first=True), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        packed = nn.utils.rnn.pack_padded_sequence(
+            x, lengths, batch_first=True, enforce_sorted=False
+        )
+        return self.head(self.rnn(packed)[1][0][-1])
+
+
+def test_packed_sequences() -> None:
+    """They are sorted by their length: the first step's rows are as many as the examples."""
+    torch.manual_seed(0)
+    x, y, lengths = seeded(6, 5, 4), labels(6), torch.tensor([5, 3, 1, 4, 2, 5])
+
+    def alone(m: nn.Module) -> list[Tensor]:
+        with torch.backends.mkldnn.flags(enabled=False):
+            return [m(x[i : i + 1], lengths[i : i + 1]) for i in range(6)]
+
+    names = {"head", "rnn.weight_ih_l0", "rnn.weight_hh_l0"}
+    check(Packed(), lambda m: F.cross_entropy(m(x, lengths), y), alone, names)
