@@ -66,7 +66,9 @@ class Delivery:
     def samples(self, name: str) -> list[Sample]:
         """What came for a layer, which is then not waited for any more."""
         groups: dict[int, list[_Part]] = {}
-        for each in self.calls.pop(name):
+        calls = self.calls.pop(name)
+        matrices = calls[0].reading.layer.groups
+        for each in calls:
             if each.gradient is not None:
                 g = each.reading.output_rows(each.gradient)
                 each.gradient = None
@@ -76,6 +78,7 @@ class Delivery:
         for units, parts in groups.items():
             # A layer with rows of several kinds counts the terms once.
             terms = self._terms(units) if not found else torch.zeros_like(self._terms(units))
+            parts = _side_by_side(parts, units, matrices)
             sample = _sample(parts, units, terms, self.first and name not in self.known)
             if sample is not None:
                 found.append(sample)
@@ -97,7 +100,9 @@ class Delivery:
                     used = used.any(1, keepdim=True).expand(-1, per)
                 reached = reached | used.flatten()
             live = reached if live is None else live & reached
-        return _Part(x, g, live, product.reading.swapped)
+        view = product.reading.view
+        member = None if view is None or product.reading.each else view.member
+        return _Part(x, g, live, product.reading.swapped, member)
 
     def _terms(self, units: int) -> Tensor:
         if units == self.examples:
@@ -111,6 +116,7 @@ class _Part:
     g: Tensor
     live: Tensor | None
     swapped: bool
+    member: int | None
 
     def only(self, kept: Tensor) -> _Part:
         """That of some examples."""
@@ -124,7 +130,45 @@ class _Part:
             some(self.g),
             None if self.live is None else some(self.live),
             self.swapped,
+            self.member,
         )
+
+
+def _side_by_side(parts: list[_Part], units: int, matrices: int) -> list[_Part]:
+    """Calls of single matrices of a stack as one call of all of them.
+
+    Each matrix's rows of an example lie at the first places ``(N T, E, d)`` that there are; ``T``
+    is the most that any has.
+    """
+    found = [part for part in parts if part.member is None]
+    for swapped in (False, True):
+        own = [p for p in parts if p.member is not None and p.swapped == swapped]
+        if not own:
+            continue
+        counts = [0] * matrices
+        for part in own:
+            assert part.member is not None
+            counts[part.member] += len(part.g) // units
+        places = max(counts)
+        shape = units, places, matrices
+        first = own[0]
+        x = None if first.x is None else first.x.new_zeros(*shape, first.x.shape[-1])
+        g = first.g.new_zeros(*shape, first.g.shape[-1])
+        live = torch.zeros(shape, dtype=torch.bool, device=g.device)
+        filled = [0] * matrices
+        for part in own:
+            assert part.member is not None
+            here = slice(filled[part.member], filled[part.member] + len(part.g) // units)
+            filled[part.member] = here.stop
+            if x is not None:
+                assert part.x is not None
+                x[:, here, part.member] = part.x.view(units, -1, x.shape[-1])
+            g[:, here, part.member] = part.g.view(units, -1, g.shape[-1])
+            some = True if part.live is None else part.live.view(units, -1)
+            live[:, here, part.member] = some
+        whole = None if x is None else x.flatten(0, 1)
+        found.append(_Part(whole, g.flatten(0, 1), live.flatten(0, 1), swapped, None))
+    return found
 
 
 def _sample(parts: list[_Part], units: int, terms: Tensor, first: bool) -> Sample | None:
@@ -132,7 +176,8 @@ def _sample(parts: list[_Part], units: int, terms: Tensor, first: bool) -> Sampl
     waits = verdict.waits(parts[0].g.device)
     if not waits and all(part.live is not None for part in parts):
         alive = [part.live.view(units, -1).any(1) for part in parts if part.live is not None]
-        kept = torch.stack(alive).any(0)
+        # One that has terms, and only no row here, counts in what the matrix is a mean over.
+        kept = torch.stack(alive).any(0) | (terms > 0)
         if not bool(kept.all()):
             # Examples that the loss leaves out: as if they were not there.
             parts, terms, units = [part.only(kept) for part in parts], terms[kept], int(kept.sum())

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
-from tekfac.layers import Layer, LinearLayer, Product, View, product_of
-from tekfac.layers.uses import ACCUMULATE, RESHAPES, SPLITS, multiplies
+from tekfac.layers import Layer, LinearLayer, Product, StackLayer, View, product_of
+from tekfac.layers.uses import ACCUMULATE, EACH, RESHAPES, SPLITS, multiplies
 
 # Backward passes of our own, now running in this process: hooks that they reach, of any optimizer,
 # are not to take them for the user's. Not thread-local: autograd runs hooks in its own threads.
@@ -98,6 +98,8 @@ class Reading:
             gradient = gradient[None]
         elif self.product.left:
             gradient = gradient.mT
+        if self.each:
+            return gradient.transpose(0, 1)
         if self._cuts_outputs:
             # The other rows of the weight made nothing here.
             gradient = self._whole(gradient, 1 if self.product.geometry is not None else -1)
@@ -128,7 +130,13 @@ class Reading:
             return self._looked_up(x)
         if x.dim() == 1:
             return x[None]
-        return (x.mT if self.product.left else x).flatten(0, -2)
+        x = x.mT if self.product.left else x
+        return x.transpose(0, 1) if self.each else x.flatten(0, -2)
+
+    @property
+    def each(self) -> bool:
+        """Whether all matrices of a stack are multiplied, each with rows of its own."""
+        return self.view is not None and self.view.member == EACH
 
     @property
     def _cuts_outputs(self) -> bool:
@@ -267,7 +275,8 @@ def search(
         edges = node.next_functions
         consumer = consumers.get(node, "") if kind in FORMS else kind
         for use, bias in _uses(node, owner, layers, made):
-            use.lead = leads.get(node, use.lead)
+            if not use.reading.each:
+                use.lead = leads.get(node, use.lead)
             found.uses.append(use)
             products[node] = use.name
             if use.reading.view is not None:
@@ -338,12 +347,16 @@ def _uses(
             continue
         if product.geometry is not None and weight is not None and weight.turned:
             continue
+        if isinstance(layer, StackLayer) == (weight is None or weight.member is None):
+            continue
         metadata: Any = node
         shape = tuple(metadata._input_metadata[0].shape)
         lead = (*shape[:-2], *shape[-1:]) if product.left and len(shape) > 1 else shape[:-1] or (1,)
         if product.geometry is not None:
             lead = shape[:1]
         reading = Reading(name, layer, product, weight, product.transposed(node))
+        if reading.each:
+            lead = lead[1:]
         if weight is not None and weight.made is not None and not reading.plain:
             continue
         yield Use(reading, node, lead), bias

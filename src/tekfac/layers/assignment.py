@@ -17,6 +17,7 @@ from tekfac.layers.convolution import ConvLayer, Geometry
 from tekfac.layers.embedding import EmbeddingLayer
 from tekfac.layers.layer import Layer
 from tekfac.layers.linear import LinearLayer
+from tekfac.layers.stack import StackLayer
 
 
 @dataclass
@@ -82,7 +83,7 @@ HOOKED = {"weight_v", "weight_orig"}
 def candidates_of(module: nn.Module) -> dict[str, Candidate]:
     """A module's weights that may be multiplied with rows, each by its name in the module.
 
-    Matrices of any module, and convolutions' kernels.
+    Matrices, and stacks of them, of any module, and convolutions' kernels.
     """
     found: dict[str, Candidate] = {}
     if isinstance(module, (ParametrizationList, torch.jit.ScriptModule)):
@@ -112,6 +113,8 @@ def candidates_of(module: nn.Module) -> dict[str, Candidate]:
             if bias is not None and not (bias.dim() == 1 and len(bias) in weight.shape):
                 bias = None
             found[key] = Candidate(module, key, weight, bias, _linear(weight, bias))
+        elif weight.dim() == 3 and min(weight.shape) > 1:
+            found[key] = Candidate(module, key, weight, None, StackLayer)
     return found
 
 

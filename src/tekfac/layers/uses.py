@@ -35,6 +35,7 @@ class Product:
         left: whether it stands to the left as ``W``, and inputs are columns.
         geometry: gives a convolution's; None for a matrix product.
         transposed: whether a convolution is a transposed one.
+        batched: whether it multiplies a batch of matrices, each with its own rows.
     """
 
     weight: int
@@ -45,6 +46,7 @@ class Product:
     left: bool = False
     geometry: Callable[[Any], Geometry] | None = None
     transposed: Callable[[Any], bool] = lambda node: False
+    batched: bool = False
 
 
 def _geometry(node: Any) -> Geometry:
@@ -76,14 +78,14 @@ PRODUCTS: dict[str, tuple[Product, ...]] = {
         Product(1, None, lambda node: node._saved_self, right=True),
         Product(0, None, lambda node: node._saved_mat2, left=True),
     ),
-    # One matrix for the whole batch of them, as `torch.einsum` multiplies.
+    # One matrix for the whole batch of them, as `torch.einsum` multiplies, or one for each.
     "BmmBackward0": (
-        Product(1, None, lambda node: node._saved_self, right=True),
-        Product(0, None, lambda node: node._saved_mat2, left=True),
+        Product(1, None, lambda node: node._saved_self, right=True, batched=True),
+        Product(0, None, lambda node: node._saved_mat2, left=True, batched=True),
     ),
     "BaddbmmBackward0": (
-        Product(2, None, lambda node: node._saved_batch1, right=True),
-        Product(1, None, lambda node: node._saved_batch2, left=True),
+        Product(2, None, lambda node: node._saved_batch1, right=True, batched=True),
+        Product(1, None, lambda node: node._saved_batch2, left=True, batched=True),
     ),
     "AddmvBackward0": (Product(1, 0, lambda node: node._saved_vec, left=True),),
     "MvBackward0": (Product(0, None, lambda node: node._saved_vec, left=True),),
@@ -125,12 +127,15 @@ class View:
         made: where a function of the parameter is that takes its place (`made_of`), None for the
             parameter itself.
         inner: all nodes of that function.
+        member: of a stack of matrices the number of that which is multiplied, `EACH` for each with
+            rows of its own; None where the parameter is one matrix.
     """
 
     parameter: nn.Parameter
     turned: bool = False
     first: int = 0
     rows: int | None = None
+    member: int | None = None
     takers: frozenset[Any] = frozenset()
     made: tuple[Any, int] | None = None
     inner: frozenset[Any] = frozenset()
@@ -138,21 +143,33 @@ class View:
     @classmethod
     def of(cls, edge: tuple[Any, int]) -> View | None:
         """The parameter behind an operand; None if there is none, or more than a view of one."""
-        turned, first, rows, flat = False, 0, None, False
+        turned, first, rows, flat, member = False, 0, None, False, None
         node, number = edge
         last: Any = None
         while node is not None:
             name = node.name()
             if name == ACCUMULATE:
                 takers = frozenset([] if last is None else [last])
-                return cls(node.variable, turned, first, rows, takers)
+                if member is not None:
+                    if node.variable.dim() != 3:
+                        return None
+                    member %= len(node.variable)
+                return cls(node.variable, turned, first, rows, member, takers)
             if name in TURNS or name == "PermuteBackward0":
                 # From here on, rows are the parameter's columns.
                 if rows is not None or flat or not _turns(node):
                     return None
                 turned = not turned
+            elif name in MEMBERS:
+                if rows is not None or flat or member is not None or node._saved_dim != 0:
+                    return None
+                member = MEMBERS[name](node, number)
             elif name in SPLITS:
-                if rows is not None or node._saved_dim % len(_sizes(node)) != 0:
+                if (
+                    rows is not None
+                    or member is not None
+                    or node._saved_dim % len(_sizes(node)) != 0
+                ):
                     return None
                 first, rows = SPLITS[name](node, number)
             elif name in FLATTENS:
@@ -167,7 +184,7 @@ class View:
 
     @classmethod
     def of_matrix(cls, edge: tuple[Any, int]) -> View | None:
-        """The parameter behind an operand that is a matrix, or a batch of one and the same.
+        """The parameter behind an operand that is a matrix, a batch of the same one, or a stack.
 
         Whatever views lie between: they are seen again, of a tensor without numbers.
         """
@@ -176,7 +193,7 @@ class View:
         while node is not None and node.name() in RESHAPES:
             path.append(node)
             node = node.next_functions[0][0]
-        if not path or node is None or node.name() != ACCUMULATE:
+        if node is None or node.name() != ACCUMULATE or node.variable.dim() not in (2, 3):
             return None
         p = node.variable
         seen = torch.empty(p.shape, device="meta")
@@ -185,16 +202,16 @@ class View:
                 seen = RESHAPES[each.name()](each, seen)
         except RuntimeError:  # a copy in another order
             return None
-        if p.dim() != 2 or seen.dim() not in (2, 3):
-            return None
-        if seen.dim() == 3:
+        if p.dim() == 2 and seen.dim() == 3:
             if len(seen) > 1 and seen.stride(0) != 0:
                 return None
             seen = seen[0]
+        member = EACH if p.dim() == 3 else None
         for turned, like in ((False, seen.new_empty(p.shape)), (True, seen.new_empty(p.shape).mT)):
-            steps = zip(seen.shape, seen.stride(), like.stride(), strict=True)
-            if seen.shape == like.shape and all(n == 1 or a == b for n, a, b in steps):
-                return cls(p, turned, takers=frozenset(path[-1:]))
+            if seen.shape == like.shape:
+                steps = zip(seen.shape, seen.stride(), like.stride(), strict=True)
+                if all(n == 1 or a == b for n, a, b in steps):
+                    return cls(p, turned, member=member, takers=frozenset(path[-1:]))
         return None
 
     @classmethod
@@ -232,6 +249,9 @@ class View:
         own = frozenset(taken[found[0]])
         return cls(found[0], turned, takers=own, made=(node, number), inner=frozenset(inner))
 
+
+# All members of a stack.
+EACH = -1
 
 ACCUMULATE = "torch::autograd::AccumulateGrad"
 SAME = {"ToCopyBackward0", "AliasBackward0", "CloneBackward0", "DetachBackward0"}
@@ -297,10 +317,13 @@ def _sizes(node: Any) -> tuple[int, ...]:
 
 
 def _turns(node: Any) -> bool:
-    """Whether a permutation is that of a matrix's two dimensions."""
+    """Whether a permutation is that of a matrix's two dimensions, or those of all in a stack."""
+    dims = len(node._input_metadata[0].shape)
     if node.name() == "PermuteBackward0":
-        return tuple(dim % 2 for dim in node._saved_dims) == (1, 0) and len(node._saved_dims) == 2
-    return len(node._input_metadata[0].shape) == 2
+        return tuple(dim % dims for dim in map(axis_of, node._saved_dims)) in ((1, 0), (0, 2, 1))
+    if dims == 3 and node.name() == "TransposeBackward0":
+        return {axis_of(node._saved_dim0) % 3, axis_of(node._saved_dim1) % 3} == {1, 2}
+    return dims == 2
 
 
 def _slice(node: Any, number: int) -> tuple[int, int | None]:
@@ -325,6 +348,13 @@ SPLITS: dict[str, Callable[[Any, int], tuple[int, int | None]]] = {
 }
 
 
+# Nodes that take one matrix out of a stack, and its number.
+MEMBERS: dict[str, Callable[[Any, int], int]] = {
+    "SelectBackward0": lambda node, number: axis_of(node._saved_index),
+    "UnbindBackward0": lambda node, number: number,
+}
+
+
 def product_of(
     node: Node, made: Collection[nn.Parameter] = ()
 ) -> tuple[tuple[Product, View | None, View | None], ...]:
@@ -341,7 +371,7 @@ def product_of(
     if getattr(node, "_saved_scale_grad_by_freq", False):
         return ()  # what it gives the table is no gradient of the loss
     for product in PRODUCTS.get(node.name(), ()):
-        weight = View.of(edges[product.weight])
+        weight = None if product.batched else View.of(edges[product.weight])
         if weight is None and product.geometry is None:
             weight = View.of_matrix(edges[product.weight])
         bias = None if product.bias is None else View.of(edges[product.bias])
