@@ -24,12 +24,12 @@ EXPERTS, WIDTH, INNER = 3, 4, 5
 class Mixture(nn.Module):
     """A router, and experts of which each token goes to the best, or to all."""
 
-    def __init__(self, use: Callable[[nn.Module, Tensor, Tensor], Tensor], turned: bool) -> None:
+    def __init__(self, use: Any, turned: bool, inner: int = INNER) -> None:
         super().__init__()
         torch.manual_seed(0)
-        shape = (EXPERTS, INNER, WIDTH) if turned else (EXPERTS, WIDTH, INNER)
+        shape = (EXPERTS, inner, WIDTH) if turned else (EXPERTS, WIDTH, inner)
         self.experts = nn.Parameter(torch.randn(*shape) / 2)
-        self.router, self.head = nn.Linear(WIDTH, EXPERTS), nn.Linear(INNER, 3)
+        self.router, self.head = nn.Linear(WIDTH, EXPERTS), nn.Linear(inner, 3)
         self.use = use
         self.double()
 
@@ -75,11 +75,11 @@ USES = [
 ]
 
 
-def truths(model: Mixture, x: Tensor, y: Tensor) -> list[Tensor]:
+def truths(model: Mixture, x: Tensor, y: Tensor, inner: int = INNER) -> list[Tensor]:
     """Each expert's part of the dense matrix."""
     rows = [model(row[None])[0][here >= 0] for row, here in zip(x, y, strict=True)]
     whole = dense_fisher([each for each in rows if len(each)], [model.experts])
-    size = WIDTH * INNER
+    size = WIDTH * inner
     return [whole[e * size : (e + 1) * size, e * size : (e + 1) * size] for e in range(EXPERTS)]
 
 
@@ -192,6 +192,35 @@ def test_an_expert_that_is_not_used_stays_and_its_first_batch_is_taken_whole(met
     if method in ("KFAC", "EKFAC"):
         inputs = optimizer.blocks["experts"].factors.input.value
         torch.testing.assert_close(inputs[1], inputs[0])
+
+
+@pytest.mark.skipif(not hasattr(torch, "_grouped_mm"), reason="of newer torch")
+@pytest.mark.parametrize("turned", [False, True])
+def test_rows_that_lie_expert_by_expert(turned: bool) -> None:
+    """As Hugging Face's experts are by default; there is no such product in float64."""
+
+    def grouped(m: Any, x: Tensor, weights: Tensor) -> Tensor:
+        best, order = weights.argmax(1).sort(stable=True)
+        ends = torch.bincount(best, minlength=EXPERTS).cumsum(0).int()
+        w = m.experts.mT if turned else m.experts
+        made = torch._grouped_mm(x[order], w, offs=ends)
+        return torch.zeros_like(made).index_copy(0, order, made)
+
+    def one_by_one(m: Any, x: Tensor, weights: Tensor) -> Tensor:
+        w = m.experts.mT if turned else m.experts
+        return torch.stack([row @ w[e] for row, e in zip(x, weights.argmax(1), strict=True)])
+
+    x, y = seeded(4, 3, WIDTH), labels(4, 3)
+    blocks = []
+    for use, dtype in ((grouped, torch.float32), (one_by_one, torch.float64)):
+        model = Mixture(use, turned, inner=8).to(dtype)
+        block = stepped(model, x.to(dtype), y, "KFAC").blocks["experts"]
+        blocks.append(block.dense().double())
+    torch.testing.assert_close(*blocks, rtol=1e-3, atol=1e-6)
+    model = Mixture(grouped, turned, inner=8).float()
+    block = stepped(model, x.float(), y, "EKFAC").blocks["experts"]
+    truth = sum(float(part.trace()) for part in truths(Mixture(one_by_one, turned, 8), x, y, 8))
+    assert block.trace == pytest.approx(truth, rel=1e-4)
 
 
 def test_what_is_no_product_of_single_matrices_is_said() -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from tekfac import verdict
 from tekfac.capture.examples import Order
@@ -100,9 +101,10 @@ class Delivery:
                     used = used.any(1, keepdim=True).expand(-1, per)
                 reached = reached | used.flatten()
             live = reached if live is None else live & reached
-        view = product.reading.view
-        member = None if view is None or product.reading.each else view.member
-        return _Part(x, g, live, product.reading.swapped, member)
+        members = product.reading.members
+        if members is not None:
+            members = order.arrange(members.to(g.device), n)
+        return _Part(x, g, live, product.reading.swapped, members)
 
     def _terms(self, units: int) -> Tensor:
         if units == self.examples:
@@ -116,7 +118,7 @@ class _Part:
     g: Tensor
     live: Tensor | None
     swapped: bool
-    member: int | None
+    members: Tensor | None
 
     def only(self, kept: Tensor) -> _Part:
         """That of some examples."""
@@ -130,45 +132,52 @@ class _Part:
             some(self.g),
             None if self.live is None else some(self.live),
             self.swapped,
-            self.member,
+            None if self.members is None else some(self.members),
         )
 
 
 def _side_by_side(parts: list[_Part], units: int, matrices: int) -> list[_Part]:
-    """Calls of single matrices of a stack as one call of all of them.
-
-    Each matrix's rows of an example lie at the first places ``(N T, E, d)`` that there are; ``T``
-    is the most that any has.
-    """
-    found = [part for part in parts if part.member is None]
+    """Calls with rows of single matrices of a stack as one call of all of them."""
+    found = [part for part in parts if part.members is None]
     for swapped in (False, True):
-        own = [p for p in parts if p.member is not None and p.swapped == swapped]
-        if not own:
-            continue
-        counts = [0] * matrices
-        for part in own:
-            assert part.member is not None
-            counts[part.member] += len(part.g) // units
-        places = max(counts)
-        shape = units, places, matrices
-        first = own[0]
-        x = None if first.x is None else first.x.new_zeros(*shape, first.x.shape[-1])
-        g = first.g.new_zeros(*shape, first.g.shape[-1])
-        live = torch.zeros(shape, dtype=torch.bool, device=g.device)
-        filled = [0] * matrices
-        for part in own:
-            assert part.member is not None
-            here = slice(filled[part.member], filled[part.member] + len(part.g) // units)
-            filled[part.member] = here.stop
-            if x is not None:
-                assert part.x is not None
-                x[:, here, part.member] = part.x.view(units, -1, x.shape[-1])
-            g[:, here, part.member] = part.g.view(units, -1, g.shape[-1])
-            some = True if part.live is None else part.live.view(units, -1)
-            live[:, here, part.member] = some
-        whole = None if x is None else x.flatten(0, 1)
-        found.append(_Part(whole, g.flatten(0, 1), live.flatten(0, 1), swapped, None))
+        own = [p for p in parts if p.members is not None and p.swapped == swapped]
+        if own:
+            found.append(_stacked(own, units, matrices))
     return found
+
+
+def _stacked(parts: list[_Part], units: int, matrices: int) -> _Part:
+    """Each matrix's rows of an example at the first places ``(N T, E, d)`` that there are.
+
+    ``T`` is the most that any has.
+    """
+
+    def joined(values: list[Tensor]) -> Tensor:
+        return torch.cat([each.unflatten(0, (units, -1)) for each in values], 1)
+
+    members = joined([part.members for part in parts if part.members is not None])
+    live = joined(
+        [
+            torch.ones_like(part.g[:, 0], dtype=torch.bool) if part.live is None else part.live
+            for part in parts
+        ]
+    )
+    live &= members < matrices
+    members = members.where(live, 0)
+    here = F.one_hot(members, matrices) * live[:, :, None]
+    places = (here.cumsum(1) - 1).gather(2, members[:, :, None])[:, :, 0]
+    example = torch.arange(units, device=live.device)[:, None].expand_as(members)
+    index, length = (example[live], places[live], members[live]), int(here.sum(1).max())
+
+    def spread(values: Tensor) -> Tensor:
+        whole = values.new_zeros(units, length, matrices, *values.shape[2:])
+        whole[index] = values[live]
+        return whole.flatten(0, 1)
+
+    x = [part.x for part in parts if part.x is not None]
+    g = spread(joined([part.g for part in parts]))
+    inputs = spread(joined(x)) if x else None
+    return _Part(inputs, g, spread(live), parts[0].swapped, None)
 
 
 def _sample(parts: list[_Part], units: int, terms: Tensor, first: bool) -> Sample | None:

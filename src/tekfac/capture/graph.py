@@ -66,6 +66,8 @@ class Reading:
         view: what it sees of the weight; None if that is not trained.
         transposed: whether it is a transposed convolution.
         input: what was multiplied, once `read_inputs` has been there.
+        members: of which matrix of a stack each row is a factor, ``(R,)``, once `read_inputs` has
+            been there; None where each of them has rows of its own, or the weight is no stack.
         scale: where a function of the weight was multiplied, what a row of the weight's gradient is
             longer by, ``(d_out,)``, once `read_scales` has been there.
     """
@@ -76,6 +78,7 @@ class Reading:
     view: View | None
     transposed: bool
     input: Tensor | None = None
+    members: Tensor | None = None
     scale: Tensor | None = None
 
     @property
@@ -121,6 +124,15 @@ class Reading:
             return self._whole(x, 1)
         return self._whole(x, -2 if self.product.left and x.dim() > 1 else -1)
 
+    def read_members(self, node: Any, rows: int) -> Tensor | None:
+        """Of which matrix of a stack each row is a factor, ``(R,)``."""
+        if self.view is None or self.view.member is None or self.each:
+            return None
+        if self.product.ends is None:
+            return torch.full((rows,), self.view.member)
+        ends = self.product.ends(node)
+        return torch.searchsorted(ends, torch.arange(rows, device=ends.device), right=True)
+
     def input_rows(self) -> Tensor | None:
         """Its input likewise."""
         x = self.input
@@ -136,7 +148,8 @@ class Reading:
     @property
     def each(self) -> bool:
         """Whether all matrices of a stack are multiplied, each with rows of its own."""
-        return self.view is not None and self.view.member == EACH
+        view = self.view
+        return view is not None and view.member == EACH and self.product.ends is None
 
     @property
     def _cuts_outputs(self) -> bool:
@@ -373,6 +386,7 @@ def read_inputs(uses: Collection[Use]) -> None:
         for use in uses:
             if use.reading.view is not None:
                 use.reading.input = use.reading.read(use.node)
+                use.reading.members = use.reading.read_members(use.node, use.rows)
 
     with own_pass(), torch.enable_grad():
         start = torch.zeros((), requires_grad=True)

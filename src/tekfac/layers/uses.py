@@ -36,6 +36,7 @@ class Product:
         geometry: gives a convolution's; None for a matrix product.
         transposed: whether a convolution is a transposed one.
         batched: whether it multiplies a batch of matrices, each with its own rows.
+        ends: where those of each matrix end, ``(E,)``, if they lie one after the other, ``(R, d)``.
     """
 
     weight: int
@@ -47,6 +48,7 @@ class Product:
     geometry: Callable[[Any], Geometry] | None = None
     transposed: Callable[[Any], bool] = lambda node: False
     batched: bool = False
+    ends: Callable[[Any], Tensor] | None = None
 
 
 def _geometry(node: Any) -> Geometry:
@@ -86,6 +88,16 @@ PRODUCTS: dict[str, tuple[Product, ...]] = {
     "BaddbmmBackward0": (
         Product(2, None, lambda node: node._saved_batch1, right=True, batched=True),
         Product(1, None, lambda node: node._saved_batch2, left=True, batched=True),
+    ),
+    "GroupedMmBackward0": (
+        Product(
+            1,
+            None,
+            lambda node: node._saved_self,
+            right=True,
+            batched=True,
+            ends=lambda node: node._saved_offs,
+        ),
     ),
     "AddmvBackward0": (Product(1, 0, lambda node: node._saved_vec, left=True),),
     "MvBackward0": (Product(0, None, lambda node: node._saved_vec, left=True),),
