@@ -95,7 +95,8 @@ class Delivery:
         live = order.live(n)
         if self.used is not None and order.kind != "shared":
             reached = order.arrange(reached, n)
-            if units == n:
+            # In a list, which row is of which term is not known: those that none looks at are out.
+            if units == n and order.kind != "indexed":
                 used, per = self.used, len(g) // n
                 if used.shape[1] != per:
                     used = used.any(1, keepdim=True).expand(-1, per)
