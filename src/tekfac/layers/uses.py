@@ -36,6 +36,7 @@ class Product:
         geometry: gives a convolution's; None for a matrix product.
         transposed: whether a convolution is a transposed one.
         batched: whether it multiplies a batch of matrices, each with its own rows.
+        fits: whether a node of the kind is such a product at all.
         ends: where those of each matrix end, ``(E,)``, if they lie one after the other, ``(R, d)``.
     """
 
@@ -48,6 +49,7 @@ class Product:
     geometry: Callable[[Any], Geometry] | None = None
     transposed: Callable[[Any], bool] = lambda node: False
     batched: bool = False
+    fits: Callable[[Any], bool] = lambda node: True
     ends: Callable[[Any], Tensor] | None = None
 
 
@@ -69,6 +71,20 @@ def _entries(node: Any) -> Tensor:
     """The numbers of the entries that were looked up, -1 for padding, ``(R,)``."""
     entries: Tensor = node._saved_indices.flatten().long()
     return entries.where(entries != node._saved_padding_idx, -1)
+
+
+def _indexed(node: Any) -> Tensor:
+    """The numbers of the entries that one tensor of indices, or a mask of entries, took."""
+    [index] = node._saved_indices
+    if index.dtype in (torch.bool, torch.uint8):
+        return index.flatten().nonzero().flatten()
+    return index.flatten().long() % _sizes(node)[0]
+
+
+def _indexes_rows(node: Any) -> bool:
+    """Whether whole rows are taken, by one tensor of indices."""
+    # As they were saved: activation checkpointing would run again to give the tensors.
+    return len(node._raw_saved_indices) == 1 and len(node._input_metadata[0].shape) > 1
 
 
 PRODUCTS: dict[str, tuple[Product, ...]] = {
@@ -101,7 +117,29 @@ PRODUCTS: dict[str, tuple[Product, ...]] = {
     ),
     "AddmvBackward0": (Product(1, 0, lambda node: node._saved_vec, left=True),),
     "MvBackward0": (Product(0, None, lambda node: node._saved_vec, left=True),),
-    "EmbeddingBackward0": (Product(0, None, _entries, right=True, lookup=True),),
+    "EmbeddingBackward0": (
+        Product(
+            0,
+            None,
+            _entries,
+            right=True,
+            lookup=True,
+            # What it gives the table then is no gradient of the loss.
+            fits=lambda node: not node._saved_scale_grad_by_freq,
+        ),
+    ),
+    # A parameter that is indexed is a table, too.
+    "IndexBackward0": (Product(0, None, _indexed, right=True, lookup=True, fits=_indexes_rows),),
+    "IndexSelectBackward0": (
+        Product(
+            0,
+            None,
+            lambda node: node._saved_index.flatten() % _sizes(node)[0],
+            right=True,
+            lookup=True,
+            fits=lambda node: node._saved_dim == 0 and len(_sizes(node)) > 1,
+        ),
+    ),
     # Where a device has a kernel of its own for the whole layer.
     "LinearBackward0": (Product(1, 2, lambda node: node._saved_input),),
     "ConvolutionBackward0": (
@@ -380,9 +418,8 @@ def product_of(
     """
     found: list[tuple[Product, View | None, View | None]] = []
     edges = node.next_functions
-    if getattr(node, "_saved_scale_grad_by_freq", False):
-        return ()  # what it gives the table is no gradient of the loss
-    for product in PRODUCTS.get(node.name(), ()):
+    products = [product for product in PRODUCTS.get(node.name(), ()) if product.fits(node)]
+    for product in products:
         weight = None if product.batched else View.of(edges[product.weight])
         if weight is None and product.geometry is None:
             weight = View.of_matrix(edges[product.weight])
@@ -391,7 +428,7 @@ def product_of(
         if weight is not None or (bias is not None and frozen):
             found.append((product, weight, bias))
     if not found and made:
-        for product in PRODUCTS.get(node.name(), ()):
+        for product in products:
             if not product.left and (view := View.made_of(edges[product.weight], made)):
                 # Of the bias the gradient is not scaled as that of the weight is.
                 found.append((product, view, None))
