@@ -228,7 +228,8 @@ def test_two_losses_each_with_its_likelihood(order: list[str]) -> None:
             "categorical",
             r'log-softmax of \(6, 3\), squared error of \(6, 2\).*=\["categorical", "gau',
         ),
-        (lambda out, y: out.square().mean(), "gaussian", "made by no cross_entropy"),
+        (lambda out, y: out.square().mean(), "gaussian", r"\(the loss itself, made by hand\? Then"),
+        (lambda out, y: [out.square().mean()], "gaussian", "made by no cross_entropy"),
         (F.cross_entropy, "gaussian", r'log-softmax of \(6, 5\).*likelihood="categorical"'),
         (
             lambda out, y: F.cross_entropy(out[:, :2], y % 2) + F.cross_entropy(out[:, 2:], y),
@@ -248,9 +249,12 @@ def test_two_losses_each_with_its_likelihood(order: list[str]) -> None:
         ),
     ],
 )
-def test_what_can_t_be_known_is_refused(loss: Loss, likelihood: Any, words: str) -> None:
+@pytest.mark.parametrize("fisher", ["mc", "empirical"])
+def test_what_can_t_be_known_is_refused(
+    fisher: str, loss: Loss, likelihood: Any, words: str
+) -> None:
     model = Own(loss, 5)
-    optimizer = tekfac.EKFAC(model, likelihood=likelihood)
+    optimizer = tekfac.EKFAC(model, likelihood=likelihood, fisher=fisher)
     with pytest.raises(ValueError, match=words):
         model(seeded(6, 4), labels(6))
     optimizer.close()

@@ -192,3 +192,113 @@ def test_packed_sequences() -> None:
 
     names = {"head", "rnn.weight_ih_l0", "rnn.weight_hh_l0"}
     check(Packed(), lambda m: F.cross_entropy(m(x, lengths), y), alone, names)
+
+
+class Flat(nn.Module):
+    """A transformer whose logits are ``(N T, V)``."""
+
+    def __init__(self, batch_first: bool) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(4, 2, 6, dropout=0.0, batch_first=batch_first)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(x)).flatten(0, 1)
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_one_sequence_in_a_batch(batch_first: bool) -> None:
+    """Tokens that look at one another are no examples of their own."""
+    torch.manual_seed(0)
+    x, y = seeded(1, 5, 4), labels(5)
+    x = x if batch_first else x.transpose(0, 1)
+    attention = {"layer.self_attn.in_proj_weight", "layer.self_attn.out_proj"}
+    check(
+        Flat(batch_first),
+        lambda m: F.cross_entropy(m(x), y),
+        lambda m: [m(x)],
+        {*attention, "layer.linear1", "layer.linear2", "head"},
+    )
+
+
+# -- what is multiplied ----------------------------------------------------------------------------
+
+
+class Bare(nn.Module):
+    def __init__(self, use: Any) -> None:
+        super().__init__()
+        self.use, self.matrix = use, nn.Parameter(torch.randn(4, 5) / 2)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.use(x, self.matrix).tanh())
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+@pytest.mark.parametrize("kind", ["to_sparse", "to_sparse_csr"])
+def test_sparse_inputs(kind: str) -> None:
+    torch.manual_seed(0)
+    x, y = seeded(6, 4) * (seeded(6, 4, seed=2) > 0), labels(6)
+    model = Bare(lambda x, w: getattr(x, kind)() @ w).double()
+    optimizer = build(model)
+    F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    truth = dense_fisher([model(row[None]) for row in x], [model.matrix])
+    assert optimizer.blocks["matrix"].trace == pytest.approx(float(truth.trace()), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("use", "words"),
+    [
+        (
+            lambda x, w: (torch.complex(x, 2 * x) @ w.to(torch.cdouble)).abs(),
+            "ToCopyBackward0 before MmBackward0",
+        ),
+        (
+            lambda x, w: torch.stack(
+                [
+                    part.mean(0)
+                    for part in F.linear(
+                        torch.nested.nested_tensor(
+                            [row.expand(n + 1, -1) for n, row in enumerate(x)], layout=torch.jagged
+                        ),
+                        w.T,
+                    ).unbind()
+                ]
+            ),
+            "LinearBackward0 of a nested tensor",
+        ),
+    ],
+    ids=["complex", "nested"],
+)
+def test_what_can_t_be_read_is_said(use: Any, words: str) -> None:
+    torch.manual_seed(0)
+    x, y = seeded(6, 4), labels(6)
+    model = Bare(use).double()
+    optimizer = build(model)
+    F.cross_entropy(model(x), y).backward()
+    with pytest.warns(RuntimeWarning, match=f"no curvature of layers 'matrix'.*({words})"):
+        optimizer.step()
+    truth = dense_fisher([model(row[None]) for row in x], list(model.head.parameters()))
+    assert optimizer.blocks["head"].trace == pytest.approx(float(truth.trace()), rel=1e-9)
+
+
+def test_a_model_of_nothing_that_can_be_read_trains_by_the_first_order_rule() -> None:
+    class Nested(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = network()
+
+        def forward(self, x: Tensor) -> Tensor:
+            parts = [row.expand(n + 1, -1) for n, row in enumerate(x)]
+            rows = self.layers(torch.nested.nested_tensor(parts, layout=torch.jagged))
+            return torch.stack([part.mean(0) for part in rows.unbind()])
+
+    model = Nested()
+    optimizer = tekfac.TEKFAC(model)
+    before = [p.detach().clone() for p in model.parameters()]
+    F.cross_entropy(model(seeded(6, 4)), labels(6)).backward()
+    with pytest.warns(RuntimeWarning, match="LinearBackward0 of a nested tensor"):
+        optimizer.step()
+    assert not any(torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True))
+    assert "of a nested tensor" in optimizer.treatment()["layers.0.weight"]

@@ -41,7 +41,7 @@ from tekfac.capture.graph import (
 )
 from tekfac.capture.hook import Hook, drop_inert
 from tekfac.capture.likelihoods import Likelihood
-from tekfac.capture.losses import fed_into, losses_in
+from tekfac.capture.losses import fed_into, is_compared, losses_in
 from tekfac.capture.observer import Observer, cleared
 from tekfac.capture.outputs import find_outputs, tensors_of
 from tekfac.capture.passes import Overheard, Pass, Reached, ReachedBehind, parts_of
@@ -306,7 +306,9 @@ class Capture:
 
     def _note(self, here: Pass, name: str, result: Any) -> None:
         """Wait for a backward pass from what the model, or a part of it, returned."""
-        if not self._chosen and (losses := losses_in(result)):
+        losses = [] if self._chosen else losses_in(result)
+        # A number that is made of no output known here may be one itself.
+        if losses and (not isinstance(result, Tensor) or is_compared(losses)):
             for fed in fed_into(losses, self.likelihoods):
                 if self.fisher is not None:
                     fed.likelihood.check(fed.values)
@@ -347,7 +349,7 @@ class Capture:
         made_of: Sequence[Tensor] = (),
     ) -> None:
         """Wait for the backward pass to reach an output, or one of what it was made of."""
-        if self.fisher is not None:
+        if self.fisher is not None or not output.dim():
             likelihood.check(output)
         # What the user changes in place later is not what the labels are drawn from.
         values = output.detach().clone() if output.requires_grad else output.detach()

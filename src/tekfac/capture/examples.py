@@ -259,7 +259,7 @@ def _groupings(output: Tensor, class_dim: int | None, uses: Sequence[Use]) -> li
         # Layers saw (N, T) or (T, N) rows where the output has N T.
         leads = sorted({use.lead[:2] for use in uses if len(use.lead) > 1})
         for one, other in leads:
-            if one * other == len(output) and min(one, other) > 1:
+            if one * other == len(output) > 1:
                 groupings += [Grouping("blocks", one), Grouping("strided", other)]
                 break
     return groupings

@@ -15,7 +15,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from tekfac.layers import Layer, LinearLayer, Product, StackLayer, View, product_of
-from tekfac.layers.uses import ACCUMULATE, EACH, RESHAPES, SPLITS, multiplies
+from tekfac.layers.uses import ACCUMULATE, EACH, RESHAPES, SPLITS, multiplies, nested
 
 # Backward passes of our own, now running in this process: hooks that they reach, of any optimizer,
 # are not to take them for the user's. Not thread-local: autograd runs hooks in its own threads.
@@ -117,6 +117,8 @@ class Reading:
         if saved is None:
             return None
         x = saved.detach()
+        if x.layout != torch.strided:  # a sparse matrix of inputs
+            x = x.to_dense()
         if self.view is None or self.view.rows is None or self._cuts_outputs or self.product.lookup:
             return x
         # Of the other rows of an input-first weight the inputs are as good as zeros.
@@ -286,7 +288,7 @@ def search(
         elif kind.startswith("CompiledFunction"):
             found.compiled = True
         edges = node.next_functions
-        consumer = consumers.get(node, "") if kind in FORMS else kind
+        consumer = consumers.get(node, "") if kind in FORMS else _named(node)
         for use, bias in _uses(node, owner, layers, made):
             if not use.reading.each:
                 use.lead = leads.get(node, use.lead)
@@ -307,7 +309,7 @@ def search(
                     while other.name() in VIEWS:
                         other = other.next_functions[0][0]
                     added.append((node, view, other))
-        shape = tuple(node._input_metadata[0].shape) if kind in VIEWS else ()
+        shape = tuple(node._input_metadata[0].shape) if kind in VIEWS and not nested(node) else ()
         for child, _ in edges:
             if child is None:
                 continue
@@ -320,7 +322,7 @@ def search(
                 open_nodes.append(child)
             seen.add(child)
             consumers.setdefault(child, consumer)
-            if kind in VIEWS:
+            if shape:
                 leads.setdefault(child, shape[:-1])
     found.uses = [use for use in found.uses if use.node not in inner]
     for node, view, product in added:
@@ -339,10 +341,16 @@ def search(
                 found.strange[name] = min(
                     f"{other.name()} before {consumers[other]}"
                     if multiplies(consumers.get(other, ""))
-                    else other.name()
+                    else _named(other)
                     for other in others
                 )
     return found
+
+
+def _named(node: Any) -> str:
+    """A kind of node in words."""
+    name: str = node.name()
+    return f"{name} of a nested tensor" if nested(node) else name
 
 
 def _uses(

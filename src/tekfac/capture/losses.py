@@ -96,6 +96,11 @@ def _is_loss(tensor: Tensor) -> bool:
     return node is not None and (tensor.dim() == 0 or node.name() in LOSSES)
 
 
+def is_compared(losses: Collection[Tensor]) -> bool:
+    """Whether anything that losses are made of is known to be compared with a target."""
+    return bool(_compared(losses))
+
+
 def fed_into(losses: Collection[Tensor], likelihoods: Sequence[Likelihood]) -> list[Fed]:
     """The outputs that losses are made of, each with its likelihood.
 

@@ -405,6 +405,21 @@ MEMBERS: dict[str, Callable[[Any, int], int]] = {
 }
 
 
+def nested(node: Any) -> bool:
+    """Whether a node's result is a nested tensor, which has no rows that could be counted."""
+    metadata = node._input_metadata
+    return any(
+        each.is_nested_tensor or any(not isinstance(n, int) for n in each.shape)
+        for each in metadata[:1]
+    )
+
+
+def _complex(edge: tuple[Any, int]) -> bool:
+    """Whether an operand is complex: of a real parameter it shows only half of what it does."""
+    node, number = edge
+    return node is not None and bool(node._input_metadata[number].dtype.is_complex)
+
+
 def product_of(
     node: Node, made: Collection[nn.Parameter] = ()
 ) -> tuple[tuple[Product, View | None, View | None], ...]:
@@ -418,7 +433,11 @@ def product_of(
     """
     found: list[tuple[Product, View | None, View | None]] = []
     edges = node.next_functions
-    products = [product for product in PRODUCTS.get(node.name(), ()) if product.fits(node)]
+    products = [
+        product
+        for product in PRODUCTS.get(node.name(), ())
+        if product.fits(node) and not nested(node) and not _complex(edges[product.weight])
+    ]
     for product in products:
         weight = None if product.batched else View.of(edges[product.weight])
         if weight is None and product.geometry is None:

@@ -63,7 +63,7 @@ def check_measured(
         raise RuntimeError(REENTRANT)
     if capture.problem is not None:
         raise RuntimeError(f"no statistics could be taken: {capture.problem}") from capture.problem
-    if capture.passes == 0 and len(missing) == len(blocks):
+    if capture.passes == 0 and len(missing) == len(blocks) and not capture.strange:
         raise RuntimeError(
             "step() found gradients, but no statistics could be taken: call the model itself "
             f"({type(model).__name__}.__call__, the module given to {method}) "
