@@ -75,10 +75,10 @@ def _entries(node: Any) -> Tensor:
 
 def _indexed(node: Any) -> Tensor:
     """The numbers of the entries that one tensor of indices, or a mask of entries, took."""
-    [index] = node._saved_indices
+    index: Tensor = node._saved_indices[0].flatten()
     if index.dtype in (torch.bool, torch.uint8):
-        return index.flatten().nonzero().flatten()
-    return index.flatten().long() % _sizes(node)[0]
+        return index.nonzero().flatten()
+    return index.long() % _sizes(node)[0]
 
 
 def _indexes_rows(node: Any) -> bool:
