@@ -198,6 +198,13 @@ class Table(nn.Module):
         (lambda x, w: F.embedding(x, w) + F.embedding(x.flip(1), w).sin(), (TOKENS, WIDTH)),
         (lambda x, w: F.embedding(x.int(), w), (TOKENS, WIDTH)),
         (lambda x, w: checkpoint(F.embedding, x, w, use_reentrant=False), (TOKENS, WIDTH)),
+        (lambda x, w: w[x], (TOKENS, WIDTH)),
+        (lambda x, w: w[x - TOKENS], (TOKENS, WIDTH)),
+        (lambda x, w: w[2:][x], (TOKENS + 2, WIDTH)),
+        (lambda x, w: w.t()[x], (WIDTH, TOKENS)),
+        (lambda x, w: w.index_select(0, x.flatten()).view(*x.shape, WIDTH), (TOKENS, WIDTH)),
+        (lambda x, w: w[x] + F.embedding(x.flip(1), w).sin(), (TOKENS, WIDTH)),
+        (lambda x, w: checkpoint(lambda x, w: w[x], x, w, use_reentrant=False), (TOKENS, WIDTH)),
     ],
 )
 def test_functions(use: Callable[[Tensor, Tensor], Tensor], shape: tuple[int, int]) -> None:
@@ -469,3 +476,19 @@ def test_two_ranks_are_as_one_process(method: str, placement: str) -> None:
     for found in together(2, on_ranks, method, data, options | {"placement": placement}):
         for p, expected in zip(found, model.parameters(), strict=True):
             assert relative(p, expected) < 1e-7
+
+
+def test_what_takes_parts_of_rows_is_no_lookup() -> None:
+    torch.manual_seed(0)
+    x = torch.randint(TOKENS, (6, 5))
+    for use in (
+        lambda x, w: w[:, torch.arange(WIDTH).flip(0)][x],
+        lambda x, w: w[x[..., None], torch.arange(WIDTH)],
+        lambda x, w: w.index_select(1, torch.arange(WIDTH))[x],
+    ):
+        model = Table(use, TOKENS, WIDTH).double()
+        optimizer = tekfac.EKFAC(model, fisher="exact", **settings("EKFAC"))
+        F.cross_entropy(model(x), torch.arange(6) % CLASSES).backward()
+        optimizer.step()
+        assert optimizer.blocks["rows"].empty
+        assert "used by Index" in optimizer.treatment()["rows"]

@@ -31,6 +31,7 @@ from tekfac.capture.graph import (
     Use,
     behind,
     go_through,
+    made_at,
     measuring,
     own_pass,
     read_inputs,
@@ -40,6 +41,7 @@ from tekfac.capture.graph import (
 )
 from tekfac.capture.hook import Hook, drop_inert
 from tekfac.capture.likelihoods import Likelihood
+from tekfac.capture.losses import fed_into, is_compared, losses_in
 from tekfac.capture.observer import Observer, cleared
 from tekfac.capture.outputs import find_outputs, tensors_of
 from tekfac.capture.passes import Overheard, Pass, Reached, ReachedBehind, parts_of
@@ -307,6 +309,15 @@ class Capture:
 
     def _note(self, here: Pass, name: str, result: Any) -> None:
         """Wait for a backward pass from what the model, or a part of it, returned."""
+        losses = [] if self._chosen else losses_in(result)
+        # A number that is made of no output known here may be one itself.
+        if losses and (not isinstance(result, Tensor) or is_compared(losses)):
+            for fed in fed_into(losses, self.likelihoods):
+                if self.fisher is not None:
+                    fed.likelihood.check(fed.values)
+                number = self._add(here, name, fed.values, fed.likelihood)
+                self._await(here, number, made_at(fed.edge))
+            return
         found = self.outputs(result)
         if len(self.likelihoods) not in (1, len(found)):
             raise ValueError(
@@ -321,14 +332,16 @@ class Capture:
         for output, likelihood in zip(found, likelihoods, strict=True):
             if not output.requires_grad or any(output is each for each in returned):
                 self._wait(here, name, output, likelihood)
-            elif getattr(likelihood, "dim", 0) is None:
+                continue
+            parts = behind(output, returned)
+            if getattr(likelihood, "dim", 0) is None and not _alike(output, parts):
                 # Which dimension holds the classes is judged by the loss, which is not made of what
                 # output= made: by the tensors, then, that this was made of.
-                for each in behind(output, returned):
+                for each in parts:
                     self._wait(here, name, each, likelihood)
             else:
                 self._made[len(here.outputs)] = output
-                self._wait(here, name, output, likelihood, behind(output, returned))
+                self._wait(here, name, output, likelihood, parts)
 
     def _wait(
         self,
@@ -339,30 +352,36 @@ class Capture:
         made_of: Sequence[Tensor] = (),
     ) -> None:
         """Wait for the backward pass to reach an output, or one of what it was made of."""
-        if self.fisher is not None:
+        if self.fisher is not None or not output.dim():
             likelihood.check(output)
-        number = len(here.outputs)
-        here.places.append((name, sum(name == other for other, _ in here.places)))
-        here.outputs.append(output.detach())
-        here.likelihoods.append(likelihood)
-        if not output.requires_grad:
-            return
         # What the user changes in place later is not what the labels are drawn from.
-        here.outputs[number] = output.detach().clone()
+        values = output.detach().clone() if output.requires_grad else output.detach()
+        number = self._add(here, name, values, likelihood)
         for each in made_of:
             edge = source_of(each)
-            edge.node.register_prehook(ReachedBehind(self, here, number, edge.output_nr))
-        if not made_of:
-            edge = source_of(output)
-            edge.node.register_prehook(Reached(self, here, number, edge.output_nr))
+            hook = ReachedBehind(self, here, number, edge.output_nr, _alike(output, made_of))
+            edge.node.register_prehook(hook)
+        if output.requires_grad and not made_of:
+            self._await(here, number, source_of(output))
+
+    @staticmethod
+    def _add(here: Pass, name: str, values: Tensor, likelihood: Likelihood) -> int:
+        """Note an output; its number."""
+        here.places.append((name, sum(name == other for other, _ in here.places)))
+        here.outputs.append(values)
+        here.likelihoods.append(likelihood)
+        return len(here.outputs) - 1
+
+    def _await(self, here: Pass, number: int, edge: GradientEdge) -> None:
+        edge.node.register_prehook(Reached(self, here, number, edge.output_nr))
 
     # -- backward ----------------------------------------------------------------------------------
 
-    def reached_behind(self, here: Pass, number: int) -> None:
+    def reached_behind(self, here: Pass, number: int, gradient: Tensor | None) -> None:
         """The user's backward pass has reached a tensor that an output was made of."""
         output = self._made.get(number)
         if output is not None and number not in here.done and not self._is_part(here, number):
-            self.reached(here, number, get_gradient_edge(output), None)
+            self.reached(here, number, get_gradient_edge(output), gradient)
 
     def reached(self, here: Pass, number: int, root: GradientEdge, gradient: Tensor | None) -> None:
         """The user's backward pass has reached an output of the network.
@@ -371,7 +390,8 @@ class Capture:
             here: the forward pass that it came from.
             number: the output's.
             root: where it is in the graph.
-            gradient: of the loss by it; None if the loss is not made of it.
+            gradient: of the loss by it, or by the tensor of which it was made entry by entry; None
+                if the loss is not made of either.
         """
         closed = not self._handles
         if closed or measuring() or number in here.done or self._is_part(here, number):
@@ -482,7 +502,8 @@ class Capture:
         uses: list[Use],
     ) -> None:
         output = here.outputs[number]
-        dtype = output.dtype if gradient is None else gradient.dtype
+        made: Any = root.node
+        dtype = made._input_metadata[root.output_nr].dtype
         likelihood = self._fit(here, number, gradient)
 
         def projections(cotangent: Tensor, some: Sequence[Use]) -> list[Tensor | None]:
@@ -592,8 +613,9 @@ class Capture:
         gradient: Tensor | None,
     ) -> None:
         """Have the user's own backward pass give what it brings (empirical Fisher)."""
+        here = torch._C._current_autograd_node()
         for use, product in wanted.items():
-            if use.node is root.node and gradient is not None:
+            if use.node is root.node is here and gradient is not None:
                 self._received(delivery, product, gradient)
             else:
                 use.node.register_prehook(Overheard(self, delivery, product))
@@ -615,6 +637,11 @@ class Capture:
             device = sample.gradients[0].device.type
             with torch.no_grad(), torch.autocast(device, enabled=False):
                 self.blocks[name].observe(sample)
+
+
+def _alike(output: Tensor, made_of: Sequence[Tensor]) -> bool:
+    """Whether an output is made of one tensor, entry by entry as far as that can be seen."""
+    return len(made_of) == 1 and made_of[0].shape == output.shape
 
 
 def _identity(node: Any) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from tekfac import verdict
 from tekfac.capture.examples import Order
@@ -66,7 +67,9 @@ class Delivery:
     def samples(self, name: str) -> list[Sample]:
         """What came for a layer, which is then not waited for any more."""
         groups: dict[int, list[_Part]] = {}
-        for each in self.calls.pop(name):
+        calls = self.calls.pop(name)
+        matrices = calls[0].reading.layer.groups
+        for each in calls:
             if each.gradient is not None:
                 g = each.reading.output_rows(each.gradient)
                 each.gradient = None
@@ -76,6 +79,7 @@ class Delivery:
         for units, parts in groups.items():
             # A layer with rows of several kinds counts the terms once.
             terms = self._terms(units) if not found else torch.zeros_like(self._terms(units))
+            parts = _side_by_side(parts, units, matrices)
             sample = _sample(parts, units, terms, self.first and name not in self.known)
             if sample is not None:
                 found.append(sample)
@@ -91,13 +95,17 @@ class Delivery:
         live = order.live(n)
         if self.used is not None and order.kind != "shared":
             reached = order.arrange(reached, n)
-            if units == n:
+            # In a list, which row is of which term is not known: those that none looks at are out.
+            if units == n and order.kind != "indexed":
                 used, per = self.used, len(g) // n
                 if used.shape[1] != per:
                     used = used.any(1, keepdim=True).expand(-1, per)
                 reached = reached | used.flatten()
             live = reached if live is None else live & reached
-        return _Part(x, g, live, product.reading.swapped)
+        members = product.reading.members
+        if members is not None:
+            members = order.arrange(members.to(g.device), n)
+        return _Part(x, g, live, product.reading.swapped, members)
 
     def _terms(self, units: int) -> Tensor:
         if units == self.examples:
@@ -111,6 +119,7 @@ class _Part:
     g: Tensor
     live: Tensor | None
     swapped: bool
+    members: Tensor | None
 
     def only(self, kept: Tensor) -> _Part:
         """That of some examples."""
@@ -124,7 +133,52 @@ class _Part:
             some(self.g),
             None if self.live is None else some(self.live),
             self.swapped,
+            None if self.members is None else some(self.members),
         )
+
+
+def _side_by_side(parts: list[_Part], units: int, matrices: int) -> list[_Part]:
+    """Calls with rows of single matrices of a stack as one call of all of them."""
+    found = [part for part in parts if part.members is None]
+    for swapped in (False, True):
+        own = [p for p in parts if p.members is not None and p.swapped == swapped]
+        if own:
+            found.append(_stacked(own, units, matrices))
+    return found
+
+
+def _stacked(parts: list[_Part], units: int, matrices: int) -> _Part:
+    """Each matrix's rows of an example at the first places ``(N T, E, d)`` that there are.
+
+    ``T`` is the most that any has.
+    """
+
+    def joined(values: list[Tensor]) -> Tensor:
+        return torch.cat([each.unflatten(0, (units, -1)) for each in values], 1)
+
+    members = joined([part.members for part in parts if part.members is not None])
+    live = joined(
+        [
+            torch.ones_like(part.g[:, 0], dtype=torch.bool) if part.live is None else part.live
+            for part in parts
+        ]
+    )
+    live &= members < matrices
+    members = members.where(live, 0)
+    here = F.one_hot(members, matrices) * live[:, :, None]
+    places = (here.cumsum(1) - 1).gather(2, members[:, :, None])[:, :, 0]
+    example = torch.arange(units, device=live.device)[:, None].expand_as(members)
+    index, length = (example[live], places[live], members[live]), int(here.sum(1).max())
+
+    def spread(values: Tensor) -> Tensor:
+        whole = values.new_zeros(units, length, matrices, *values.shape[2:])
+        whole[index] = values[live]
+        return whole.flatten(0, 1)
+
+    x = [part.x for part in parts if part.x is not None]
+    g = spread(joined([part.g for part in parts]))
+    inputs = spread(joined(x)) if x else None
+    return _Part(inputs, g, spread(live), parts[0].swapped, None)
 
 
 def _sample(parts: list[_Part], units: int, terms: Tensor, first: bool) -> Sample | None:
@@ -132,7 +186,8 @@ def _sample(parts: list[_Part], units: int, terms: Tensor, first: bool) -> Sampl
     waits = verdict.waits(parts[0].g.device)
     if not waits and all(part.live is not None for part in parts):
         alive = [part.live.view(units, -1).any(1) for part in parts if part.live is not None]
-        kept = torch.stack(alive).any(0)
+        # One that has terms, and only no row here, counts in what the matrix is a mean over.
+        kept = torch.stack(alive).any(0) | (terms > 0)
         if not bool(kept.all()):
             # Examples that the loss leaves out: as if they were not there.
             parts, terms, units = [part.only(kept) for part in parts], terms[kept], int(kept.sum())

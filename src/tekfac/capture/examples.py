@@ -1,15 +1,16 @@
 """Which rows of a layer belong to which example.
 
 An *example* is a part of the batch whose terms share nothing with another's: the rule for a row is
-that it belongs to the example whose terms' gradients it gets. Where every row is an example
-(``R = N``) there is nothing to find out. Elsewhere it is found by going through the graph twice,
-with cotangents that differ by one weight per example: a row's gradient then differs by the weight
-of its example. This is done once for each form of a network's rows, and again only where an order
-was found that no rule describes (the nodes of graphs).
+that it belongs to the example whose terms' gradients it gets. Where every row of a layer that is
+used once is an example (``R = N``), there is nothing to find out. Elsewhere it is found by going
+through the graph twice, with cotangents that differ by one weight per example: a row's gradient
+then differs by the weight of its example. This is done once for each form of a network's rows, and
+again only where an order was found that no rule describes (the nodes of graphs).
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -26,6 +27,9 @@ PROJECTIONS = 4
 # Of a row's gradient, how much (squared) may not follow its example's weight: rounding, and what
 # batch normalisation has examples know of one another.
 LOOSE, TIGHT = 0.3, 1e-5
+
+# A list of examples that leaves no more than this is theirs, and no blur of a regular order.
+SURE = 1e-9
 
 Kind = Literal["blocks", "strided", "indexed", "own", "shared"]
 
@@ -153,24 +157,32 @@ def order_of(plain: Tensor, weighted: Tensor, weights: Tensor) -> Order:
     if not bool(size > 0):
         return BLOCKS if rows % examples == 0 else OWN
     spread = weights.var(correction=0).clamp_min(1e-12) * size
+
+    def missed(pattern: Tensor) -> Tensor:
+        return (weighted - pattern[:, None] * plain).square().sum() / spread
+
+    regular: list[tuple[Tensor, Order]] = []
     if rows % examples == 0:
         each = rows // examples
         for order, pattern in (
             (BLOCKS, weights.repeat_interleave(each)),
             (STRIDED, weights.repeat(each)),
         ):
-            missed = (weighted - pattern[:, None] * plain).square().sum() / spread
-            if bool(missed < LOOSE):
+            regular.append((missed(pattern), order))
+            if bool(regular[-1][0] < TIGHT):
                 return order
     if examples == 1:
         return SHARED
     ratio = (plain * weighted).sum(1) / plain.square().sum(1).clamp_min(1e-300)
     index = (ratio[:, None] - weights).abs().argmin(1)
-    missed = (weighted - weights[index][:, None] * plain).square().sum() / spread
-    # Among many examples some weight is always near.
-    if bool(missed < TIGHT):
+    listed = missed(weights[index])
+    if bool(listed < SURE):
         return Order("indexed", index)
-    return SHARED
+    for found, order in regular:
+        if bool(found < LOOSE):
+            return order
+    # Among many examples some weight is always near.
+    return Order("indexed", index) if bool(listed < TIGHT) else SHARED
 
 
 Gradients = Callable[[Tensor, Sequence[Use]], Sequence[Tensor | None]]
@@ -209,7 +221,10 @@ class Examples:
             kinds = ("second", "strided") if self.batch_dim == 1 else ("first", "blocks")
             grouping = next((g for g in groupings[::-1] if g.kind in kinds), groupings[0])
             return grouping, [self._given(use, grouping.count(output)) for use in uses]
-        open_ones = [use for use in uses if len(groupings) > 1 or use.rows != len(output)]
+        times = Counter(use.name for use in uses)
+        plain = {use for use in uses if len(groupings) == 1 and use.rows == len(output)}
+        # Where a layer is used once, it is all the same which of so many rows is whose.
+        open_ones = [use for use in uses if use not in plain or times[use.name] > 1]
         if not open_ones:
             return groupings[0], [BLOCKS] * len(uses)
         key = tuple(each.kind for each in groupings), tuple(use.name for use in uses)
@@ -220,7 +235,11 @@ class Examples:
             if all(order.fits(use.rows, examples) for use, order in zip(uses, orders, strict=True)):
                 return grouping, orders
         grouping, found = _compared(output, groupings, lambda c: gradients(c, open_ones))
-        by_use = dict(zip(open_ones, found, strict=True))
+        by_use = {
+            # Batch normalisation may blur what is found, but not what the sizes say.
+            use: BLOCKS if use in plain and order.kind != "indexed" else order
+            for use, order in zip(open_ones, found, strict=True)
+        }
         orders = [by_use.get(use, BLOCKS) for use in uses]
         if all(order.index is None for order in orders):
             self._known[key] = grouping.kind, orders
@@ -240,7 +259,7 @@ def _groupings(output: Tensor, class_dim: int | None, uses: Sequence[Use]) -> li
         # Layers saw (N, T) or (T, N) rows where the output has N T.
         leads = sorted({use.lead[:2] for use in uses if len(use.lead) > 1})
         for one, other in leads:
-            if one * other == len(output) and min(one, other) > 1:
+            if one * other == len(output) > 1:
                 groupings += [Grouping("blocks", one), Grouping("strided", other)]
                 break
     return groupings

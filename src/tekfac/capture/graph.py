@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
-from tekfac.layers import Layer, LinearLayer, Product, View, product_of
-from tekfac.layers.uses import ACCUMULATE, RESHAPES, SPLITS, multiplies
+from tekfac.layers import Layer, LinearLayer, Product, StackLayer, View, product_of
+from tekfac.layers.uses import ACCUMULATE, EACH, RESHAPES, SPLITS, multiplies, nested
 
 # Backward passes of our own, now running in this process: hooks that they reach, of any optimizer,
 # are not to take them for the user's. Not thread-local: autograd runs hooks in its own threads.
@@ -66,6 +66,8 @@ class Reading:
         view: what it sees of the weight; None if that is not trained.
         transposed: whether it is a transposed convolution.
         input: what was multiplied, once `read_inputs` has been there.
+        members: of which matrix of a stack each row is a factor, ``(R,)``, once `read_inputs` has
+            been there; None where each of them has rows of its own, or the weight is no stack.
         scale: where a function of the weight was multiplied, what a row of the weight's gradient is
             longer by, ``(d_out,)``, once `read_scales` has been there.
     """
@@ -76,6 +78,7 @@ class Reading:
     view: View | None
     transposed: bool
     input: Tensor | None = None
+    members: Tensor | None = None
     scale: Tensor | None = None
 
     @property
@@ -98,6 +101,8 @@ class Reading:
             gradient = gradient[None]
         elif self.product.left:
             gradient = gradient.mT
+        if self.each:
+            return gradient.transpose(0, 1)
         if self._cuts_outputs:
             # The other rows of the weight made nothing here.
             gradient = self._whole(gradient, 1 if self.product.geometry is not None else -1)
@@ -112,12 +117,23 @@ class Reading:
         if saved is None:
             return None
         x = saved.detach()
+        if x.layout != torch.strided:  # a sparse matrix of inputs
+            x = x.to_dense()
         if self.view is None or self.view.rows is None or self._cuts_outputs or self.product.lookup:
             return x
         # Of the other rows of an input-first weight the inputs are as good as zeros.
         if self.product.geometry is not None:
             return self._whole(x, 1)
         return self._whole(x, -2 if self.product.left and x.dim() > 1 else -1)
+
+    def read_members(self, node: Any, rows: int) -> Tensor | None:
+        """Of which matrix of a stack each row is a factor, ``(R,)``."""
+        if self.view is None or self.view.member is None or self.each:
+            return None
+        if self.product.ends is None:
+            return torch.full((rows,), self.view.member)
+        ends = self.product.ends(node)
+        return torch.searchsorted(ends, torch.arange(rows, device=ends.device), right=True)
 
     def input_rows(self) -> Tensor | None:
         """Its input likewise."""
@@ -128,7 +144,14 @@ class Reading:
             return self._looked_up(x)
         if x.dim() == 1:
             return x[None]
-        return (x.mT if self.product.left else x).flatten(0, -2)
+        x = x.mT if self.product.left else x
+        return x.transpose(0, 1) if self.each else x.flatten(0, -2)
+
+    @property
+    def each(self) -> bool:
+        """Whether all matrices of a stack are multiplied, each with rows of its own."""
+        view = self.view
+        return view is not None and view.member == EACH and self.product.ends is None
 
     @property
     def _cuts_outputs(self) -> bool:
@@ -265,9 +288,10 @@ def search(
         elif kind.startswith("CompiledFunction"):
             found.compiled = True
         edges = node.next_functions
-        consumer = consumers.get(node, "") if kind in FORMS else kind
+        consumer = consumers.get(node, "") if kind in FORMS else _named(node)
         for use, bias in _uses(node, owner, layers, made):
-            use.lead = leads.get(node, use.lead)
+            if not use.reading.each:
+                use.lead = leads.get(node, use.lead)
             found.uses.append(use)
             products[node] = use.name
             if use.reading.view is not None:
@@ -285,7 +309,7 @@ def search(
                     while other.name() in VIEWS:
                         other = other.next_functions[0][0]
                     added.append((node, view, other))
-        shape = tuple(node._input_metadata[0].shape) if kind in VIEWS else ()
+        shape = tuple(node._input_metadata[0].shape) if kind in VIEWS and not nested(node) else ()
         for child, _ in edges:
             if child is None:
                 continue
@@ -298,7 +322,7 @@ def search(
                 open_nodes.append(child)
             seen.add(child)
             consumers.setdefault(child, consumer)
-            if kind in VIEWS:
+            if shape:
                 leads.setdefault(child, shape[:-1])
     found.uses = [use for use in found.uses if use.node not in inner]
     for node, view, product in added:
@@ -317,10 +341,16 @@ def search(
                 found.strange[name] = min(
                     f"{other.name()} before {consumers[other]}"
                     if multiplies(consumers.get(other, ""))
-                    else other.name()
+                    else _named(other)
                     for other in others
                 )
     return found
+
+
+def _named(node: Any) -> str:
+    """A kind of node in words."""
+    name: str = node.name()
+    return f"{name} of a nested tensor" if nested(node) else name
 
 
 def _uses(
@@ -338,12 +368,16 @@ def _uses(
             continue
         if product.geometry is not None and weight is not None and weight.turned:
             continue
+        if isinstance(layer, StackLayer) == (weight is None or weight.member is None):
+            continue
         metadata: Any = node
         shape = tuple(metadata._input_metadata[0].shape)
         lead = (*shape[:-2], *shape[-1:]) if product.left and len(shape) > 1 else shape[:-1] or (1,)
         if product.geometry is not None:
             lead = shape[:1]
         reading = Reading(name, layer, product, weight, product.transposed(node))
+        if reading.each:
+            lead = lead[1:]
         if weight is not None and weight.made is not None and not reading.plain:
             continue
         yield Use(reading, node, lead), bias
@@ -360,6 +394,7 @@ def read_inputs(uses: Collection[Use]) -> None:
         for use in uses:
             if use.reading.view is not None:
                 use.reading.input = use.reading.read(use.node)
+                use.reading.members = use.reading.read_members(use.node, use.rows)
 
     with own_pass(), torch.enable_grad():
         start = torch.zeros((), requires_grad=True)
@@ -505,7 +540,11 @@ def source_of(output: Tensor) -> GradientEdge:
     A wrapper's ``.float()`` may be off the way that the loss takes; what it cast is on it. And
     `DistributedDataParallel` has outputs go through a node that must see the user's passes only.
     """
-    edge = get_gradient_edge(output)
+    return made_at(get_gradient_edge(output))
+
+
+def made_at(edge: GradientEdge) -> GradientEdge:
+    """`source_of`, by a place in the graph."""
     while edge.node.name() in ("ToCopyBackward0", PARALLEL_SINK):
         # The sink passes all outputs on, each in its place.
         place = edge.output_nr if edge.node.name() == PARALLEL_SINK else 0

@@ -72,8 +72,8 @@ class Likelihood(ABC):
             loss = ""
             if output.dim() == 0:
                 loss = (
-                    " (the loss itself? Then make the optimizer of the module in the model that "
-                    "returns what the loss is made of)"
+                    " (the loss itself, made by hand? Then return the output beside it, or make "
+                    "the optimizer of the module in the model that returns that)"
                 )
             raise ValueError(
                 f"the {type(self).__name__.lower()} likelihood needs {words}, got an output of "

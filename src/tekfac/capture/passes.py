@@ -44,8 +44,8 @@ class Listener(Protocol):
     def reached(self, here: Pass, number: int, root: GradientEdge, gradient: Tensor | None) -> None:
         """An output, by its number, and the gradient of the loss by it."""
 
-    def reached_behind(self, here: Pass, number: int) -> None:
-        """What an output was made of."""
+    def reached_behind(self, here: Pass, number: int, gradient: Tensor | None) -> None:
+        """What an output was made of, and the gradient by it where that is entry by entry."""
 
     def overheard(self, delivery: Delivery, product: Expected, gradient: Tensor) -> None:
         """A product with a layer's weight."""
@@ -79,10 +79,12 @@ class ReachedBehind:
     here: Pass
     number: int
     place: int
+    alike: bool
 
     def __call__(self, gradients: tuple[Tensor | None, ...]) -> None:
-        if gradients[self.place] is not None:
-            self.capture.reached_behind(self.here, self.number)
+        gradient = gradients[self.place]
+        if gradient is not None:
+            self.capture.reached_behind(self.here, self.number, gradient if self.alike else None)
 
 
 @dataclass(eq=False)

@@ -389,6 +389,8 @@ class Block(ABC):
         like = self._like()
         counts = {"units": self._units, "terms": self._terms}
         sums = {name: torch.as_tensor(each).to(like) for name, each in counts.items()}
+        if self.layer.apart:
+            sums["units"] = sums["units"].expand(self.groups)
         if self.due.factors:
             layer = self.layer
             sums |= {

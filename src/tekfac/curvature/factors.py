@@ -82,7 +82,7 @@ class Factors(ABC):
         """Average the batch's sums in, if they are finite; if not, the estimate is as it was.
 
         Args:
-            units: number of examples in the sums.
+            units: number of examples in the sums, perhaps of each group, ``(G,)``.
             terms: number of the likelihood's terms in them: what the matrix is a mean over.
             decay: ε2 of (3.6) and (3.7).
             usable: whether the batch may be used at all. If that is open, nothing is read from the
@@ -191,7 +191,16 @@ class KroneckerFactors(Factors):
         (self.input if self._turned else self.output).scale_sums(square)
 
     def _average(self, units: Tensor | float, terms: Tensor | float, decay: Tensor | float) -> None:
-        self.input.average(units, decay)
+        if isinstance(units, Tensor) and units.numel() > 1:
+            assert self.input.sum is not None
+            value = self.input.value if self.input.held else None
+            # Of a group that has seen nothing the mean stays, and its first one is taken whole.
+            past = units.new_zeros(len(units), dtype=self.input.sum.dtype)
+            if value is not None:
+                past = torch.where(value.flatten(1).any(1), decay, past)
+            self.input.average(units.clamp_min(1), torch.where(units > 0, past, 1.0))
+        else:
+            self.input.average(units, decay)
         self.output.average(terms, decay)
 
     @property

@@ -10,6 +10,7 @@ from tekfac.layers.embedding import EmbeddingLayer, as_used
 from tekfac.layers.layer import Layer
 from tekfac.layers.linear import LinearLayer
 from tekfac.layers.sample import Call, Rows, Sample
+from tekfac.layers.stack import StackLayer
 from tekfac.layers.uses import Product, View, product_of, register_product
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "Product",
     "Rows",
     "Sample",
+    "StackLayer",
     "View",
     "as_used",
     "assign",

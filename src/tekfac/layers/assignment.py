@@ -17,6 +17,7 @@ from tekfac.layers.convolution import ConvLayer, Geometry
 from tekfac.layers.embedding import EmbeddingLayer
 from tekfac.layers.layer import Layer
 from tekfac.layers.linear import LinearLayer
+from tekfac.layers.stack import StackLayer
 
 
 @dataclass
@@ -82,11 +83,12 @@ HOOKED = {"weight_v", "weight_orig"}
 def candidates_of(module: nn.Module) -> dict[str, Candidate]:
     """A module's weights that may be multiplied with rows, each by its name in the module.
 
-    Matrices of any module, and convolutions' kernels.
+    Matrices, and stacks of them, of any module, and convolutions' kernels.
     """
     found: dict[str, Candidate] = {}
-    if isinstance(module, ParametrizationList):
-        return found  # what is multiplied is made of its parameters
+    if isinstance(module, (ParametrizationList, torch.jit.ScriptModule)):
+        # What is multiplied is made of the parameters of the one, and not shown by the other.
+        return found
     for key, weight in {**module._parameters, **_originals(module)}.items():
         if weight is None or not weight.is_floating_point():
             continue
@@ -111,6 +113,8 @@ def candidates_of(module: nn.Module) -> dict[str, Candidate]:
             if bias is not None and not (bias.dim() == 1 and len(bias) in weight.shape):
                 bias = None
             found[key] = Candidate(module, key, weight, bias, _linear(weight, bias))
+        elif weight.dim() == 3 and min(weight.shape) > 1:
+            found[key] = Candidate(module, key, weight, None, StackLayer)
     return found
 
 
@@ -152,6 +156,8 @@ def _reason(module: nn.Module) -> str:
         return f"{kind} with scale_grad_by_freq=True gets what is no gradient of the loss"
     if isinstance(module, nn.EmbeddingBag):
         return f"{kind} adds entries up, so that its input factor is no diagonal matrix"
+    if isinstance(module, torch.jit.ScriptModule):
+        return f"{kind} is compiled by torch.jit, which does not show what it multiplies"
     return f"{kind} has no curvature block"
 
 
@@ -187,7 +193,7 @@ def plain_name(model: nn.Module, name: str) -> str:
     for part in name.split(".") if name else []:
         if _wraps(module) != part:
             parts.append(part)
-        module = module._modules.get(part) or module
+        module = getattr(module, part, None) or module
     return ".".join(parts)
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from tekfac.layers.sample import Call, Rows, Sample, side_by_side
+from tekfac.layers.sample import Call, Rows, Sample, by_example, side_by_side
 from tekfac.numerics import square_norms, undivided, wide
 
 # Entries of a layer's inputs made at once (4 MiB in float32, near a core's cache): examples are
@@ -40,12 +40,14 @@ class Layer(ABC):
         d_in: columns per group, the bias's included.
         d_out: rows per group.
         looked_up: whether inputs are one-hot rows, known by the numbers of their entries.
+        apart: whether groups see rows of their own, some more than others.
     """
 
     groups: int = 1
     d_in: int
     d_out: int
     looked_up: bool = False
+    apart: bool = False
 
     def __init__(
         self,
@@ -242,9 +244,8 @@ class Layer(ABC):
         span, n = slice(first * per, last * per), last - first
         whole = self._outputs(g[span]).reshape(self.groups, n, -1, self.d_out)
         rows, positions = whole, whole.shape[2]
-        live = None
-        if call.live is not None:
-            live = call.live[span].view(n, per, 1).expand(-1, -1, positions // per).reshape(n, -1)
+        counts = None if call.live is None else by_example(call.live[span], n)
+        live = None if counts is None else counts.repeat_interleave(positions // per, dim=2)
         read = positions if stride == 1 else max(1, positions // stride)
         seen, shown = None, live
         if read < positions:
@@ -252,18 +253,18 @@ class Layer(ABC):
             within = (start + stride * torch.arange(read, device=g.device)) % positions
             rows = rows[:, torch.arange(n, device=g.device)[:, None], within]
             seen = (within + positions * (start - first)).flatten()
-            shown = None if live is None else live.gather(1, within)
+            shown = None if live is None else live.gather(2, within.expand(len(live), -1, -1))
         rows = rows.to(self._read_as(x, g) if dtype is None else dtype)
         a = self._inputs(None if x is None else x[span], rows, seen, shown, call.swapped)
-        counted = None if live is None else live.sum(dim=1)[None].to(self.dtype)
+        counted = None if live is None else live.sum(dim=2).to(self.dtype)
 
         def norms() -> tuple[Tensor, Tensor]:
             g_norms = square_norms(whole)
             a_norms = torch.zeros_like(g_norms)
             if x is not None:
                 each = self._norms(x[span]).view(self.groups, n, -1)
-                if call.live is not None:
-                    each = each * call.live[span].view(n, -1)
+                if counts is not None:
+                    each = each * counts
                 a_norms += each.sum(dim=2)
             if self.bias is not None and not call.swapped:
                 a_norms += positions if counted is None else counted
@@ -286,7 +287,7 @@ class Layer(ABC):
             x: those of ``n`` examples as they came.
             like: the other side's rows.
             seen: as of `_fill`.
-            live: which of the rows count, ``(n, T')``; None for all.
+            live: which of the rows count, ``(1 or G, n, T')``; None for all.
             swapped: whether the weight was multiplied from the other side.
         """
         a = like.new_empty(*like.shape[:3], self.d_in)
@@ -297,7 +298,7 @@ class Layer(ABC):
             # From the other side of the weight, no bias was added.
             a[..., -1] = 0 if swapped else 1
         if live is not None:
-            a *= live[None, :, :, None]
+            a *= live[..., None]
         return a
 
     def _columns(self, weight: Tensor) -> Tensor:

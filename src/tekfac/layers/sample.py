@@ -23,7 +23,8 @@ class Sample:
         first: whether this is the first draw of the labels in this pass: its inputs are new.
         terms: the likelihood's terms that each example stands for, ``(N,)``; None for one each.
         live: for each call, which of its leading rows count, or None for all: padding, which no
-            term looks at, is no input. Gradients of the others are zero.
+            term looks at, is no input. Gradients of the others are zero. Of a stack of matrices
+            ``(R, E)``, else ``(R,)``.
         swapped: for each call, whether the weight was multiplied from the other side: then the
             matrix's columns see the gradient and its rows the input. Empty for none.
 
@@ -57,11 +58,11 @@ class Sample:
 
     @property
     def units(self) -> Tensor | int:
-        """How many examples have anything that counts."""
+        """How many examples have anything that counts; of a stack of matrices at each, ``(E,)``."""
         if not self.live or any(live is None for live in self.live):
             return self.examples
-        alive = [live.view(self.examples, -1).any(1) for live in self.live if live is not None]
-        return torch.stack(alive).any(0).sum()
+        alive = [by_example(live, self.examples).any(2) for live in self.live if live is not None]
+        return torch.stack(torch.broadcast_tensors(*alive)).any(0).sum(1).squeeze()
 
     @property
     def term_count(self) -> Tensor:
@@ -88,6 +89,11 @@ class Sample:
             [None if live is None else rows(live) for live in self.live],
             self.swapped,
         )
+
+
+def by_example(live: Tensor, examples: int) -> Tensor:
+    """Which leading rows count, ``(R,)`` or ``(R, G)``, as ``(1 or G, N, rows of an example)``."""
+    return live.view(examples, len(live) // examples, -1).movedim(2, 0)
 
 
 @dataclass
@@ -118,7 +124,7 @@ class Rows:
         positions: ``T``.
         norms: gives ``Σ_t ‖a_nt‖²`` and ``Σ_t ‖g_nt‖²`` over all of them, ``(G, n)`` each: not
             every reader needs them.
-        counted: how many of an example's positions count, ``(1, n)``; None for all.
+        counted: how many of an example's positions count, ``(1 or G, n)``; None for all.
         drawn: whether ``a`` and ``g``, in turn, come with every draw of the labels, or are what
             they were in the first.
     """
@@ -132,7 +138,7 @@ class Rows:
 
     @property
     def per_position(self) -> Tensor | float:
-        """1 over the number of positions that count, ``(1, n)`` if it differs."""
+        """1 over the number of positions that count, ``(1 or G, n)`` if it differs."""
         return 1 / self.positions if self.counted is None else 1 / self.counted.clamp_min(1)
 
 
@@ -151,7 +157,7 @@ def side_by_side(parts: list[Rows]) -> Rows:
             else part.counted
             for part in parts
         ]
-        counted = torch.stack(counts).sum(dim=0)
+        counted = torch.stack(torch.broadcast_tensors(*counts)).sum(dim=0)
     return Rows(
         torch.cat([part.a for part in parts], dim=2),
         torch.cat([part.g for part in parts], dim=2),

@@ -35,6 +35,9 @@ class Product:
         left: whether it stands to the left as ``W``, and inputs are columns.
         geometry: gives a convolution's; None for a matrix product.
         transposed: whether a convolution is a transposed one.
+        batched: whether it multiplies a batch of matrices, each with its own rows.
+        fits: whether a node of the kind is such a product at all.
+        ends: where those of each matrix end, ``(E,)``, if they lie one after the other, ``(R, d)``.
     """
 
     weight: int
@@ -45,6 +48,9 @@ class Product:
     left: bool = False
     geometry: Callable[[Any], Geometry] | None = None
     transposed: Callable[[Any], bool] = lambda node: False
+    batched: bool = False
+    fits: Callable[[Any], bool] = lambda node: True
+    ends: Callable[[Any], Tensor] | None = None
 
 
 def _geometry(node: Any) -> Geometry:
@@ -67,6 +73,20 @@ def _entries(node: Any) -> Tensor:
     return entries.where(entries != node._saved_padding_idx, -1)
 
 
+def _indexed(node: Any) -> Tensor:
+    """The numbers of the entries that one tensor of indices, or a mask of entries, took."""
+    index: Tensor = node._saved_indices[0].flatten()
+    if index.dtype in (torch.bool, torch.uint8):
+        return index.nonzero().flatten()
+    return index.long() % _sizes(node)[0]
+
+
+def _indexes_rows(node: Any) -> bool:
+    """Whether whole rows are taken, by one tensor of indices."""
+    # As they were saved: activation checkpointing would run again to give the tensors.
+    return len(node._raw_saved_indices) == 1 and len(node._input_metadata[0].shape) > 1
+
+
 PRODUCTS: dict[str, tuple[Product, ...]] = {
     "AddmmBackward0": (
         Product(2, 0, lambda node: node._saved_mat1, right=True),
@@ -76,18 +96,50 @@ PRODUCTS: dict[str, tuple[Product, ...]] = {
         Product(1, None, lambda node: node._saved_self, right=True),
         Product(0, None, lambda node: node._saved_mat2, left=True),
     ),
-    # One matrix for the whole batch of them, as `torch.einsum` multiplies.
+    # One matrix for the whole batch of them, as `torch.einsum` multiplies, or one for each.
     "BmmBackward0": (
-        Product(1, None, lambda node: node._saved_self, right=True),
-        Product(0, None, lambda node: node._saved_mat2, left=True),
+        Product(1, None, lambda node: node._saved_self, right=True, batched=True),
+        Product(0, None, lambda node: node._saved_mat2, left=True, batched=True),
     ),
     "BaddbmmBackward0": (
-        Product(2, None, lambda node: node._saved_batch1, right=True),
-        Product(1, None, lambda node: node._saved_batch2, left=True),
+        Product(2, None, lambda node: node._saved_batch1, right=True, batched=True),
+        Product(1, None, lambda node: node._saved_batch2, left=True, batched=True),
+    ),
+    "GroupedMmBackward0": (
+        Product(
+            1,
+            None,
+            lambda node: node._saved_self,
+            right=True,
+            batched=True,
+            ends=lambda node: node._saved_offs,
+        ),
     ),
     "AddmvBackward0": (Product(1, 0, lambda node: node._saved_vec, left=True),),
     "MvBackward0": (Product(0, None, lambda node: node._saved_vec, left=True),),
-    "EmbeddingBackward0": (Product(0, None, _entries, right=True, lookup=True),),
+    "EmbeddingBackward0": (
+        Product(
+            0,
+            None,
+            _entries,
+            right=True,
+            lookup=True,
+            # What it gives the table then is no gradient of the loss.
+            fits=lambda node: not node._saved_scale_grad_by_freq,
+        ),
+    ),
+    # A parameter that is indexed is a table, too.
+    "IndexBackward0": (Product(0, None, _indexed, right=True, lookup=True, fits=_indexes_rows),),
+    "IndexSelectBackward0": (
+        Product(
+            0,
+            None,
+            lambda node: node._saved_index.flatten() % _sizes(node)[0],
+            right=True,
+            lookup=True,
+            fits=lambda node: node._saved_dim == 0 and len(_sizes(node)) > 1,
+        ),
+    ),
     # Where a device has a kernel of its own for the whole layer.
     "LinearBackward0": (Product(1, 2, lambda node: node._saved_input),),
     "ConvolutionBackward0": (
@@ -125,12 +177,15 @@ class View:
         made: where a function of the parameter is that takes its place (`made_of`), None for the
             parameter itself.
         inner: all nodes of that function.
+        member: of a stack of matrices the number of that which is multiplied, `EACH` for each with
+            rows of its own; None where the parameter is one matrix.
     """
 
     parameter: nn.Parameter
     turned: bool = False
     first: int = 0
     rows: int | None = None
+    member: int | None = None
     takers: frozenset[Any] = frozenset()
     made: tuple[Any, int] | None = None
     inner: frozenset[Any] = frozenset()
@@ -138,21 +193,33 @@ class View:
     @classmethod
     def of(cls, edge: tuple[Any, int]) -> View | None:
         """The parameter behind an operand; None if there is none, or more than a view of one."""
-        turned, first, rows, flat = False, 0, None, False
+        turned, first, rows, flat, member = False, 0, None, False, None
         node, number = edge
         last: Any = None
         while node is not None:
             name = node.name()
             if name == ACCUMULATE:
                 takers = frozenset([] if last is None else [last])
-                return cls(node.variable, turned, first, rows, takers)
+                if member is not None:
+                    if node.variable.dim() != 3:
+                        return None
+                    member %= len(node.variable)
+                return cls(node.variable, turned, first, rows, member, takers)
             if name in TURNS or name == "PermuteBackward0":
                 # From here on, rows are the parameter's columns.
                 if rows is not None or flat or not _turns(node):
                     return None
                 turned = not turned
+            elif name in MEMBERS:
+                if rows is not None or flat or member is not None or node._saved_dim != 0:
+                    return None
+                member = MEMBERS[name](node, number)
             elif name in SPLITS:
-                if rows is not None or node._saved_dim % len(_sizes(node)) != 0:
+                if (
+                    rows is not None
+                    or member is not None
+                    or node._saved_dim % len(_sizes(node)) != 0
+                ):
                     return None
                 first, rows = SPLITS[name](node, number)
             elif name in FLATTENS:
@@ -167,7 +234,7 @@ class View:
 
     @classmethod
     def of_matrix(cls, edge: tuple[Any, int]) -> View | None:
-        """The parameter behind an operand that is a matrix, or a batch of one and the same.
+        """The parameter behind an operand that is a matrix, a batch of the same one, or a stack.
 
         Whatever views lie between: they are seen again, of a tensor without numbers.
         """
@@ -176,7 +243,7 @@ class View:
         while node is not None and node.name() in RESHAPES:
             path.append(node)
             node = node.next_functions[0][0]
-        if not path or node is None or node.name() != ACCUMULATE:
+        if node is None or node.name() != ACCUMULATE or node.variable.dim() not in (2, 3):
             return None
         p = node.variable
         seen = torch.empty(p.shape, device="meta")
@@ -185,16 +252,16 @@ class View:
                 seen = RESHAPES[each.name()](each, seen)
         except RuntimeError:  # a copy in another order
             return None
-        if p.dim() != 2 or seen.dim() not in (2, 3):
-            return None
-        if seen.dim() == 3:
+        if p.dim() == 2 and seen.dim() == 3:
             if len(seen) > 1 and seen.stride(0) != 0:
                 return None
             seen = seen[0]
+        member = EACH if p.dim() == 3 else None
         for turned, like in ((False, seen.new_empty(p.shape)), (True, seen.new_empty(p.shape).mT)):
-            steps = zip(seen.shape, seen.stride(), like.stride(), strict=True)
-            if seen.shape == like.shape and all(n == 1 or a == b for n, a, b in steps):
-                return cls(p, turned, takers=frozenset(path[-1:]))
+            if seen.shape == like.shape:
+                steps = zip(seen.shape, seen.stride(), like.stride(), strict=True)
+                if all(n == 1 or a == b for n, a, b in steps):
+                    return cls(p, turned, member=member, takers=frozenset(path[-1:]))
         return None
 
     @classmethod
@@ -233,6 +300,9 @@ class View:
         return cls(found[0], turned, takers=own, made=(node, number), inner=frozenset(inner))
 
 
+# All members of a stack.
+EACH = -1
+
 ACCUMULATE = "torch::autograd::AccumulateGrad"
 SAME = {"ToCopyBackward0", "AliasBackward0", "CloneBackward0", "DetachBackward0"}
 TURNS = {"TBackward0", "NumpyTBackward0", "TransposeBackward0"}
@@ -251,14 +321,14 @@ RESHAPES: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "TBackward0": lambda node, tensor: tensor.mT,
     "NumpyTBackward0": lambda node, tensor: tensor.permute(*range(tensor.dim())[::-1]),
     "TransposeBackward0": lambda node, tensor: tensor.transpose(
-        _axis(node._saved_dim0), _axis(node._saved_dim1)
+        axis_of(node._saved_dim0), axis_of(node._saved_dim1)
     ),
-    "PermuteBackward0": lambda node, tensor: tensor.permute(*map(_axis, node._saved_dims)),
+    "PermuteBackward0": lambda node, tensor: tensor.permute(*map(axis_of, node._saved_dims)),
     "ExpandBackward0": lambda node, tensor: tensor.expand(tuple(node._input_metadata[0].shape)),
 }
 
 
-def _axis(saved: int) -> int:
+def axis_of(saved: int) -> int:
     """An axis; autograd keeps one that is counted from the end as an unsigned number."""
     return saved - 2**64 if saved >= 2**63 else saved
 
@@ -297,10 +367,13 @@ def _sizes(node: Any) -> tuple[int, ...]:
 
 
 def _turns(node: Any) -> bool:
-    """Whether a permutation is that of a matrix's two dimensions."""
+    """Whether a permutation is that of a matrix's two dimensions, or those of all in a stack."""
+    dims = len(node._input_metadata[0].shape)
     if node.name() == "PermuteBackward0":
-        return tuple(dim % 2 for dim in node._saved_dims) == (1, 0) and len(node._saved_dims) == 2
-    return len(node._input_metadata[0].shape) == 2
+        return tuple(dim % dims for dim in map(axis_of, node._saved_dims)) in ((1, 0), (0, 2, 1))
+    if dims == 3 and node.name() == "TransposeBackward0":
+        return {axis_of(node._saved_dim0) % 3, axis_of(node._saved_dim1) % 3} == {1, 2}
+    return dims == 2
 
 
 def _slice(node: Any, number: int) -> tuple[int, int | None]:
@@ -325,6 +398,28 @@ SPLITS: dict[str, Callable[[Any, int], tuple[int, int | None]]] = {
 }
 
 
+# Nodes that take one matrix out of a stack, and its number.
+MEMBERS: dict[str, Callable[[Any, int], int]] = {
+    "SelectBackward0": lambda node, number: axis_of(node._saved_index),
+    "UnbindBackward0": lambda node, number: number,
+}
+
+
+def nested(node: Any) -> bool:
+    """Whether a node's result is a nested tensor, which has no rows that could be counted."""
+    metadata = node._input_metadata
+    return any(
+        each.is_nested_tensor or any(not isinstance(n, int) for n in each.shape)
+        for each in metadata[:1]
+    )
+
+
+def _complex(edge: tuple[Any, int]) -> bool:
+    """Whether an operand is complex: of a real parameter it shows only half of what it does."""
+    node, number = edge
+    return node is not None and bool(node._input_metadata[number].dtype.is_complex)
+
+
 def product_of(
     node: Node, made: Collection[nn.Parameter] = ()
 ) -> tuple[tuple[Product, View | None, View | None], ...]:
@@ -338,10 +433,13 @@ def product_of(
     """
     found: list[tuple[Product, View | None, View | None]] = []
     edges = node.next_functions
-    if getattr(node, "_saved_scale_grad_by_freq", False):
-        return ()  # what it gives the table is no gradient of the loss
-    for product in PRODUCTS.get(node.name(), ()):
-        weight = View.of(edges[product.weight])
+    products = [
+        product
+        for product in PRODUCTS.get(node.name(), ())
+        if product.fits(node) and not nested(node) and not _complex(edges[product.weight])
+    ]
+    for product in products:
+        weight = None if product.batched else View.of(edges[product.weight])
         if weight is None and product.geometry is None:
             weight = View.of_matrix(edges[product.weight])
         bias = None if product.bias is None else View.of(edges[product.bias])
@@ -349,7 +447,7 @@ def product_of(
         if weight is not None or (bias is not None and frozen):
             found.append((product, weight, bias))
     if not found and made:
-        for product in PRODUCTS.get(node.name(), ()):
+        for product in products:
             if not product.left and (view := View.made_of(edges[product.weight], made)):
                 # Of the bias the gradient is not scaled as that of the weight is.
                 found.append((product, view, None))

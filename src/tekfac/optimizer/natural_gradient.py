@@ -37,7 +37,7 @@ from tekfac.optimizer.household import Household
 from tekfac.optimizer.summary import Summary, summarised
 from tekfac.optimizer.timetable import Intervals, Statistic, Timetable
 from tekfac.optimizer.trial import check_closure, trial_of
-from tekfac.optimizer.unmeasured import check_measured, note_unused
+from tekfac.optimizer.unmeasured import check_grouped, check_measured, note_unused
 from tekfac.optimizer.update import (
     Preconditioner,
     kl_changes,
@@ -181,6 +181,7 @@ class NaturalGradient(torch.optim.Optimizer):
     _reduction_ratio: float | None = None
     _uneven: Uneven | None = None
     _join_config: Any = None
+    _whole = False  # whether all of the model is to be trained
     _initialised = False  # whether torch.distributed.checkpoint asked for all that a state has
     _settings: ClassVar[tuple[str, ...]] = (
         "factor_every",
@@ -230,6 +231,12 @@ class NaturalGradient(torch.optim.Optimizer):
             raise TypeError(
                 f"{self._method} needs the model itself, not its parameters, to see what its "
                 f"layers see: {self._method}(model, lr=...); got {type(model).__name__}"
+            )
+        if isinstance(model, torch.jit.ScriptModule):
+            raise TypeError(
+                f"{self._method} can't see what a model compiled by torch.jit multiplies: give it "
+                "the model as it was before torch.jit.script or torch.jit.trace (torch.compile may "
+                "be used)"
             )
         check_arguments(
             loss_reduction=loss_reduction,
@@ -285,6 +292,7 @@ class NaturalGradient(torch.optim.Optimizer):
             "power": power,
             "rms_clip": rms_clip,
         }
+        self._whole = params is None
         if params is None:
             params = [{"params": [p for p in model.parameters() if p.requires_grad]}]
         elif not isinstance(params, Iterable) or isinstance(params, (Tensor, Mapping)):
@@ -553,6 +561,8 @@ class NaturalGradient(torch.optim.Optimizer):
         troubled = self._update_curvature(wanted)
         if not (capture.missed or over):
             check_measured(capture, self._blocks, troubled, self._events, self.model, self._method)
+        if self._whole and any(block.listening for block in self._blocks.values()):
+            check_grouped(plain_parameters(self.model), self.param_groups, self._events)
         note_unused(capture, self._blocks, self._ranks)
         capture.discard()
         self._apply(wanted)
@@ -895,6 +905,7 @@ class NaturalGradient(torch.optim.Optimizer):
 
 def _all_finite(tensors: list[Tensor], order: float) -> Tensor:
     """Whether the norms of this order of all tensors are, 0-dimensional."""
+    tensors = [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
     dtype = reduce(torch.promote_types, {t.dtype for t in tensors}, torch.float32)
     norms = torch._foreach_norm(tensors, order, dtype=dtype)
     return torch.stack([n.to(tensors[0].device) for n in norms]).isfinite().all()

@@ -1,8 +1,9 @@
-"""Layers that have gradients and no curvature: what is said of them, and to whom."""
+"""What has gradients and no curvature, or is not trained at all: what is said of it, and when."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Iterable, Mapping, Set
+from typing import Any
 
 from torch import nn
 
@@ -62,7 +63,7 @@ def check_measured(
         raise RuntimeError(REENTRANT)
     if capture.problem is not None:
         raise RuntimeError(f"no statistics could be taken: {capture.problem}") from capture.problem
-    if capture.passes == 0 and len(missing) == len(blocks):
+    if capture.passes == 0 and len(missing) == len(blocks) and not capture.strange:
         raise RuntimeError(
             "step() found gradients, but no statistics could be taken: call the model itself "
             f"({type(model).__name__}.__call__, the module given to {method}) "
@@ -81,6 +82,27 @@ def check_measured(
         )
         + "; the first-order rule trains them",
     )
+
+
+def check_grouped(
+    parameters: Mapping[str, nn.Parameter], groups: Iterable[Mapping[str, Any]], events: Events
+) -> None:
+    """Warn if parameters of the model have gradients, and nothing trains them.
+
+    Args:
+        parameters: the model's, by name.
+        groups: the optimizer's.
+        events: where it is said once.
+    """
+    trained = {p for group in groups for p in group["params"]}
+    left = [name for name, p in parameters.items() if p.grad is not None and p not in trained]
+    if left:
+        events.warn(
+            "left",
+            f"parameters {first_few([*map(repr, left)])} have gradients, but are in no parameter "
+            "group, and stay as they are: they were frozen, or not in the model, when the "
+            "optimizer was made; add_param_group({'params': [...]}) trains them from now on",
+        )
 
 
 def note_unused(capture: Capture, blocks: Blocks, ranks: Ranks) -> None:
