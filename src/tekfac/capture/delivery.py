@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from tekfac import verdict
 from tekfac.capture.examples import Order
-from tekfac.capture.graph import Reading
+from tekfac.capture.reading import Reading
 from tekfac.layers import Sample
 
 
