@@ -432,7 +432,7 @@ def test_an_unfrozen_layer_gets_a_block(method: str) -> None:
     assert optimizer.treatment()["fc1.weight"] == "not trained: in no group"
     optimizer.add_param_group({"params": [*model.fc1.parameters(), outside], "lr": 0.5})
     assert [(g["lr"], len(g["params"])) for g in optimizer.param_groups] == [
-        (3e-3, 5), (0.5, 3),
+        (5e-3, 5), (0.5, 3),
     ]  # fmt: skip
     before = copy.deepcopy(model)
     x, y = batch(2)

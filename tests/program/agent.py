@@ -18,7 +18,7 @@ import tempfile
 import uuid
 from pathlib import Path
 
-SECONDS = 120
+SECONDS = 300
 
 
 class Agent:

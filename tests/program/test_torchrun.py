@@ -23,7 +23,7 @@ from tekfac.searches import search as searching
 TASK = ["--data", "small.npz", "--network", "mlp", "--device", "cpu", "--threads", "1"]
 TRAIN = ["train", *TASK, "--optimizer", "sgd", "--out", "run"]
 # That a command has ended by then is a part of every test here.
-SECONDS = 120
+SECONDS = 300
 # Kills of a rank in the test; twenty were done by hand.
 KILLS = 5
 EPOCHS = 24
