@@ -18,6 +18,7 @@ losses at thirds of the run and processor seconds, and these as a ratio to the f
 from __future__ import annotations
 
 import argparse
+import inspect
 import math
 import sys
 import time
@@ -46,7 +47,10 @@ from tekfac.optimizer.intervals import STATISTICS, decay_at, is_due
 CONTENDERS = ("adam", "adam,norm_lr=0", "adam,norm_lr=0.003", "unit", "diagonal", "separate")
 NORMS = (nn.LayerNorm, nn.modules.batchnorm._BatchNorm)
 # TEKFAC's defaults, which the norm layers' own step takes, too.
-LR, MOMENTUM, DECAY, EVERY = 3e-3, 0.9, 0.95, 10
+LR, MOMENTUM, DECAY, EVERY = (
+    inspect.signature(tekfac.TEKFAC).parameters[name].default
+    for name in ("lr", "momentum", "factor_decay", "factor_every")
+)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import tekfac
+from benchmarks import adaptive, norms
 from tekfac.runs.config import Config
 from tekfac.runs.optimizers import METHODS
 
@@ -103,11 +104,7 @@ def test_bad_options(
     assert message in capsys.readouterr().err
 
 
-def test_adaptive_damping_is_compared(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.syspath_prepend(Path(__file__).parents[2])
-    adaptive = importlib.import_module("benchmarks.adaptive")
+def test_adaptive_damping_is_compared(capsys: pytest.CaptureFixture[str]) -> None:
     given = "--tasks regression --steps 6 --seeds 1 --fraction 0.05 --steps-of default,plain:0.1"
     adaptive.main([*given.split(), "--dampings", "mean:0.1,adaptive:0.3"])
     rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
@@ -140,8 +137,6 @@ class Normed(nn.Module):
 def test_norm_layers_have_their_fisher_matrix(
     monkeypatch: pytest.MonkeyPatch, norm: nn.Module
 ) -> None:
-    monkeypatch.syspath_prepend(Path(__file__).parents[2])
-    norms = importlib.import_module("benchmarks.norms")
     torch.manual_seed(0)
     network = Normed(norm).double()
     before = copy.deepcopy(network)
@@ -173,11 +168,7 @@ def test_norm_layers_have_their_fisher_matrix(
     torch.testing.assert_close(optimizer.norms[0].average, truth)
 
 
-def test_norm_layers_are_compared(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.syspath_prepend(Path(__file__).parents[2])
-    norms = importlib.import_module("benchmarks.norms")
+def test_norm_layers_are_compared(capsys: pytest.CaptureFixture[str]) -> None:
     given = "--tasks gpt --steps 3 --seeds 0 --fraction 0.1 --contenders"
     contenders = [
         "adam",

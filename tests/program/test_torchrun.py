@@ -15,15 +15,13 @@ from typing import Any
 import pytest
 import torch
 
-from agent import launch
+from agent import SECONDS, launch
 from command import PROGRAM, assert_identical, rows, workplace
 from tekfac.runs import folder as runs
 from tekfac.searches import search as searching
 
 TASK = ["--data", "small.npz", "--network", "mlp", "--device", "cpu", "--threads", "1"]
 TRAIN = ["train", *TASK, "--optimizer", "sgd", "--out", "run"]
-# That a command has ended by then is a part of every test here.
-SECONDS = 300
 # Kills of a rank in the test; twenty were done by hand.
 KILLS = 5
 EPOCHS = 24

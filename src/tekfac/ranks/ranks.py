@@ -151,7 +151,9 @@ class Group(Ranks):
             sizes = [0] * self.count
             for number in numbers:
                 sizes[sources[number]] += tensors[number].numel()
-            own = [tensors[n].to(self.device).flatten() for n in numbers if self._is(sources[n])]
+            own = [
+                tensors[n].to(self.device).flatten() for n in numbers if sources[n] == self.number
+            ]
             told = torch.cat([*own, torch.empty(0, dtype=dtype, device=self.device)])
             places = self._on_all(told, sizes).split([tensors[n].numel() for n in numbers])
             for number, place in zip(numbers, places, strict=True):
@@ -167,7 +169,7 @@ class Group(Ranks):
         total, largest = sum(sizes), max(sizes)
         if largest == total:  # nobody else has anything
             giver = sizes.index(total)
-            buffer = own if self._is(giver) else own.new_empty(total)
+            buffer = own if giver == self.number else own.new_empty(total)
             if total:
                 dist.broadcast(buffer, self.world[giver], self.group)
             return buffer
@@ -192,9 +194,6 @@ class Group(Ranks):
         buffer = own.new_empty(self.count * len(own))
         getattr(dist, GATHER)(buffer, own, self.group)
         return buffer
-
-    def _is(self, number: int) -> bool:
-        return number == self.number
 
     def exchange(self, sent: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
         buffer = sent[0].new_empty(sum(sizes))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from enum import Enum
@@ -94,7 +95,13 @@ class Training:
         parallel = ranks.parallel(self.network)
         # A form for each size of batch, full or last: one for all sizes would come into use at some
         # time of a session, and a resumed run then differ in its last bits.
-        self._called = torch.compile(parallel, dynamic=False) if config.compile else parallel
+        self._called: Callable[[Tensor], Any] = parallel
+        self._refusals: tuple[type[Exception], ...] = ()
+        if config.compile:
+            from torch._dynamo.exc import TorchDynamoException  # takes seconds
+
+            self._called = torch.compile(parallel, dynamic=False)
+            self._refusals = (TorchDynamoException,)
         self._order = torch.Generator().manual_seed(config.seed)
         self._augmentation = torch.Generator(config.device)
         self._augmentation.manual_seed(config.seed + AUGMENTATION_SEED)
@@ -200,15 +207,9 @@ class Training:
         return loss_sum / seen, correct_sum / seen, lr
 
     def _forward(self, x: Tensor) -> Tensor:
-        output: Tensor
-        if not self.config.compile:
-            output = self._called(x)
-            return output
-        from torch._dynamo.exc import TorchDynamoException  # takes seconds
-
         try:
-            output = self._called(x)
-        except TorchDynamoException as error:
+            output: Tensor = self._called(x)
+        except self._refusals as error:
             reason = " ".join(str(error).split("\n")[:2]).strip()
             raise InputError(
                 f"--compile: torch cannot compile {self.config.network} here ({reason}): begin a "
