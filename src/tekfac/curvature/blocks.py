@@ -1,34 +1,25 @@
-"""Curvature blocks: one layer's Fisher matrix as a basis and a rescaling, and what it can do.
+"""Curvature blocks: one layer's Fisher matrix, learnt batch by batch.
 
-A block stands for ``F̂ = (U_in ⊗ U_out) diag(s) (U_in ⊗ U_out)ᵀ``. Which factors the basis comes
-from (`curvature.factors`) and what the rescaling ``s`` is (`curvature.rescaling`) make the four
-methods; both choices are named in the modules `kfac`, `ekfac`, `tkfac` and `tekfac`.
+What it is and does is `curvature.approximation`'s part; here is what a block sees of a batch, when
+it brings factors, basis and rescaling up to date, what it tells other ranks, and its state.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tekfac.curvature import costs
+from tekfac.curvature.approximation import Approximation
 from tekfac.curvature.basis import Basis
-from tekfac.curvature.damping import Measured, damping_of
-from tekfac.curvature.factors import Factors
 from tekfac.curvature.kept import moments_of
-from tekfac.curvature.moments import Moment
 from tekfac.curvature.sampling import factor_reading
 from tekfac.layers import Layer, Sample, as_used
 from tekfac.verdict import YES, Verdict
-
-DENSE_LIMIT = 8192
-
-# Multiplications of one rotation above which a block is preconditioned by itself.
-STACKED = 2**26
 
 # The large parts of a block's state.
 STORED = ("factor.input", "factor.output", "basis.input", "basis.output", "scale")
@@ -57,24 +48,14 @@ class Report:
     """Whether the batch's statistics, if any, were finite; if not, they were left out."""
 
 
-class Block(ABC):
-    """The curvature of one layer.
+class Block(Approximation):
+    """The curvature of one layer: an approximation of its Fisher matrix, and how it is learnt.
 
     Vectors are flat or matrices of shape `shape`, flat ones in the order of
     ``torch.cat([weight.flatten(1), bias[:, None]], 1).flatten()``.
 
-    Args:
-        layer: the layer.
-        group: the optimizer's parameter group of the layer's weight; its ``damping`` and ``power``
-            are used.
-        rank: eigenvectors that wide factors keep (`curvature.kept`); None for all.
-        storage: what factors, eigenvectors and rescaling are kept in between steps; None for what
-            they are computed in.
+    It is made with what an `Approximation` is made with.
     """
-
-    make_factors: ClassVar[type[Factors]]
-    trace_damping: ClassVar[bool]
-    """Whether the method knows the paper's damping (3.5) and β."""
 
     def __init__(
         self,
@@ -83,21 +64,10 @@ class Block(ABC):
         rank: int | None = None,
         storage: torch.dtype | None = None,
     ) -> None:
-        self.layer = layer
-        self.group = group
-        self._storage = storage
-        self._rank = rank
-        self.factors = self.make_factors(*moments_of(layer, rank, storage))
-        self.basis: Basis | None = None
-        self.fc_scale: Tensor | float = 1.0
-        """β of the paper: the block is this times the layer's Fisher matrix."""
+        super().__init__(layer, group, rank, storage)
         self.due = Due()
-        self._row_norm = layer.row_norm
-        self._damping_kept: tuple[object, object, Tensor, Tensor] | None = None
         self.positions = self._positions = 1
         """Rows that an example has in this layer, as seen when a basis was last due."""
-        self.held = True
-        """Whether the estimate is kept here, and not by another rank."""
         self.pending = False
         self._units: Tensor | float = 0
         self._terms: Tensor | float = 0.0
@@ -108,106 +78,6 @@ class Block(ABC):
         self.work = 0
         """Multiplications of the layer's own passes in a step, seen when a basis was last due."""
         self.discard()
-
-    # -- what a curious user asks ------------------------------------------------------------------
-
-    @property
-    def name(self) -> str:
-        """The layer's name in the model."""
-        return self.layer.name
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """``(d_out, d_in)`` of the layer's matrix; ``d_in`` counts the bias."""
-        return self.layer.shape
-
-    @property
-    def groups(self) -> int:
-        """Groups of a convolution: the block is block-diagonal over them. 1 elsewhere."""
-        return self.layer.groups
-
-    @property
-    def dim(self) -> int:
-        """Rows of the block, ``d_out d_in``."""
-        return self.shape[0] * self.shape[1]
-
-    @property
-    def storage(self) -> torch.dtype:
-        """What factors, eigenvectors and rescaling are kept in."""
-        return self.layer.dtype if self._storage is None else self._storage
-
-    @property
-    def empty(self) -> bool:
-        """Whether there is no curvature yet (no batch has been measured)."""
-        return self.basis is None
-
-    @property
-    def trace(self) -> float:
-        """Trace of the block, by the running estimate."""
-        self._require_basis()
-        return float(self.fc_scale * self.fisher_trace())
-
-    @property
-    def damping(self) -> float:
-        """The damping λ in use now."""
-        self._require_basis()
-        return float(self._damping())
-
-    @property
-    def eigenvalues(self) -> Tensor:
-        """The block's eigenvalues, undamped, ``(d_out, d_in)``, one per coordinate of the basis."""
-        self._own_basis()
-        return self._expanded(self._eigenvalues()).reshape(self.shape)
-
-    def matvec(self, vector: Tensor) -> Tensor:
-        """``F̂ v``, without damping, in the shape of ``vector``."""
-        basis = self._own_basis()
-        matrix = basis.apply(self._eigenvalues(), self._matrix(vector))
-        return self.layer.to_vector(matrix).reshape(vector.shape)
-
-    def curvature_along(self, matrix: Tensor) -> Tensor:
-        """``δᵀ F_l δ`` of a ``(G, d_out, d_in)`` step, 0-dimensional; F_l is without β."""
-        basis = self._own_basis()
-        return (matrix * basis.apply(self._eigenvalues(), matrix)).sum() / self.fc_scale
-
-    def inverse_matvec(self, vector: Tensor) -> Tensor:
-        """``(F̂ + λ I)^(−power) v``, what `precondition` does, in the shape of ``vector``.
-
-        With ``power=1`` that is a product with the damped block's inverse; KFAC's and TKFAC's
-        damped block is the product of their damped factors, and its power that of either factor.
-        """
-        matrix = self.precondition(self._matrix(vector))
-        return self.layer.to_vector(matrix).reshape(vector.shape)
-
-    def dense(self, damped: bool = False) -> Tensor:
-        """The block as a matrix, ``(d_out d_in, d_out d_in)``.
-
-        Args:
-            damped: include the damping, so that the result is what `inverse_matvec` inverts, or
-                takes to the power of ``-power``.
-
-        Raises:
-            ValueError: if the block has more than 8192 rows.
-        """
-        basis = self._own_basis()
-        if self.dim > DENSE_LIMIT:
-            raise ValueError(
-                f"block {self.name!r} has {self.dim} rows; dense() makes matrices of up to "
-                f"{DENSE_LIMIT} rows: use matvec or inverse_matvec"
-            )
-        values = self._expanded(self._damped_eigenvalues() if damped else self._eigenvalues())
-        parts = []
-        for u_in, u_out, s in zip(
-            *basis.whole(values.dtype),
-            values,
-            strict=True,
-        ):
-            vectors = torch.kron(u_out.contiguous(), u_in.contiguous())
-            parts.append((vectors * s.flatten()) @ vectors.mT)
-        dense: Tensor = torch.block_diag(*parts)
-        numbers = torch.arange(self.dim, device=dense.device).reshape(values.shape)
-        order = self.layer.to_vector(numbers).flatten()
-        return dense[order[:, None], order]
 
     # -- what the optimizer asks -------------------------------------------------------------------
 
@@ -261,18 +131,6 @@ class Block(ABC):
         return self.groups * sum(sides) + costs.CALLS
 
     @property
-    def kept(self) -> tuple[int, int]:
-        """How many eigenvectors the input side and the output side keep."""
-        (input, d_in), (output, d_out) = self._sides
-        return input.kept(d_in), output.kept(d_out)
-
-    @property
-    def _sides(self) -> tuple[tuple[Moment, int], tuple[Moment, int]]:
-        """The factors, input side first, and how wide they are."""
-        layer, factors = self.layer, self.factors
-        return (factors.input, layer.d_in), (factors.output, layer.d_out)
-
-    @property
     def state_bytes(self) -> int:
         """What the block holds between steps, or will hold once it has a basis."""
         # Factors, or what of them is kept, eigenvectors, and a value for each of these.
@@ -303,32 +161,6 @@ class Block(ABC):
             read = factor_reading(self.layer, sample, self.due.factor_rows)
             for part in self.layer.chunks(sample, read.stride, read.dtype):
                 self.factors.add(part, sample.first)
-
-    @property
-    def stacking(self) -> object | None:
-        """What blocks must agree in to be preconditioned together; None for one by itself.
-
-        Products of large matrices gain nothing from that.
-        """
-        basis = self._require_basis()
-        d_out, d_in = self.layer.d_out, self.layer.d_in
-        work = d_out * d_in * (d_out + d_in)
-        own = type(self).precondition is not Block.precondition
-        if own or work > STACKED or basis.input.shape[2] < d_in or basis.output.shape[2] < d_out:
-            return None
-        return (d_out, d_in, basis.input.dtype, self.layer.dtype, basis.input.device)
-
-    def precondition(self, matrix: Tensor) -> Tensor:
-        """``(F̂ + λ I)^(−power) ∇h`` for a ``(G, d_out, d_in)`` gradient: rotate, rescale, rotate.
-
-        (2.5), where the power is 1.
-        """
-        basis = self._own_basis()
-        return basis.apply(self.multipliers(), matrix)
-
-    def multipliers(self) -> Tensor:
-        """What a gradient in the basis is multiplied by: eigenvalues of ``(F̂ + λ I)^(−power)``."""
-        return self._damped_eigenvalues().pow(-self.group["power"])
 
     def tell(self) -> list[int]:
         """What ranks have to agree on before they go on from a batch, the highest of all counting.
@@ -503,7 +335,7 @@ class Block(ABC):
             )
             self.basis = replace(self.basis, input=input, output=output)
 
-    def rotate(self) -> None:  # noqa: B027
+    def rotate(self) -> None:
         """Take what waited for the basis into the sums; nothing where there is no rescaling."""
 
     def finish_update(self, decay: float) -> Report:
@@ -526,10 +358,6 @@ class Block(ABC):
 
     def _here(self, count: Tensor) -> Tensor:
         return count.to(self.layer.full.device, non_blocking=True)
-
-    @abstractmethod
-    def fisher_trace(self) -> Tensor:
-        """``tr F_l`` by the running estimate, without ``fc_scale``, 0-dimensional."""
 
     def discard(self) -> None:
         """Forget what was observed since the last update."""
@@ -580,94 +408,12 @@ class Block(ABC):
         dtype = self.storage if name in STORED else self.layer.dtype
         return value.to(self.layer.parameters[0].device, dtype, copy=True)
 
-    # -- what the rescaling decides ----------------------------------------------------------------
-
-    @abstractmethod
-    def _eigenvalues(self) -> Tensor:
-        """The undamped eigenvalues, ``(G, d_out, d_in)``."""
-
-    @abstractmethod
-    def _damped_eigenvalues(self) -> Tensor:
-        """The eigenvalues of ``F̂ + λ I``, ``(G, d_out, d_in)``, positive."""
-
-    def _with_factored_damping(self, eigenvalues: Tensor) -> Tensor:
-        """The eigenvalues and what factored Tikhonov damping adds to them, ``(G, d_out, d_in)``.
-
-        With ``c`` the factors' coefficient, ``(√c D_in + π√λ) ⊗ (√c D_out + √λ/π)`` exceeds
-        ``c D_in ⊗ D_out`` by that; ``π² = (tr input/d_in) / (tr output/d_out)``.
-        """
-        rule, fc_scale = self.group["damping"], self.fc_scale
-        kept = self._damping_kept
-        if kept is None or kept[0] != rule or kept[1] is not fc_scale:
-            # Many small operations, whose result changes with the statistics only.
-            kept = self._damping_kept = (rule, fc_scale, *self._factored_damping())
-        return eigenvalues + kept[2][:, :, None] + kept[3][:, None]
-
-    def _factored_damping(self) -> tuple[Tensor, Tensor]:
-        """The part that belongs to ``D_out``, ``(G, d_out)``, and all else, ``(G, d_in)``."""
-        basis = self._require_basis()
-        root = (self.fc_scale * self.factors.coefficient).sqrt()[:, None]
-        damping = self._damping() ** 0.5
-        input, output = root * basis.input_values, root * basis.output_values
-        # Both traces by their dimensions.
-        active = self.factors.input.active(self.layer.d_in)
-        ratio = (input @ basis.input_counts / active)[:, None] / (
-            output @ basis.output_counts / self.layer.d_out
-        )[:, None]
-        # A factor that vanishes says nothing about how to share the damping out.
-        pi = torch.where(ratio.isfinite() & (ratio > 0), ratio, 1).sqrt()
-        more_in, more_out = damping * pi, damping / pi
-        return output * more_in, more_out * (input + more_in)
-
     def _rescale(self, decay: float, usable: Verdict) -> Verdict:
         """Average the batch's rescaling in, if it is finite and usable; whether it was."""
         return usable
 
-    def _change_basis(self, old: Basis, new: Basis) -> None:  # noqa: B027
+    def _change_basis(self, old: Basis, new: Basis) -> None:
         """Called when the basis is refreshed; nothing to do where the rescaling comes with it."""
-
-    # -- inside ------------------------------------------------------------------------------------
-
-    def _expanded(self, values: Tensor) -> Tensor:
-        """Values for every coordinate, ``(G, d_out, d_in)``."""
-        basis = self._require_basis()
-        rows = values.repeat_interleave(basis.output_counts.long(), dim=1)
-        return rows.repeat_interleave(basis.input_counts.long(), dim=2)
-
-    def _damping(self) -> Tensor | float:
-        def trace() -> Tensor:
-            return self.fc_scale * self.fisher_trace()
-
-        dtype = self._require_basis().input_values.dtype
-        (input, d_in), (_, d_out) = self._sides
-        dim = self.groups * d_out * input.active(d_in)
-        measured = Measured(trace, self._row_norm, dim, dtype)
-        return damping_of(self.group["damping"], measured)
-
-    def _require_basis(self) -> Basis:
-        if self.empty or self.basis is None:
-            raise RuntimeError(
-                f"block {self.name!r} has no curvature yet: it comes with the first step() whose "
-                "backward pass reaches the layer"
-            )
-        return self.basis
-
-    def _own_basis(self) -> Basis:
-        basis = self._require_basis()
-        if not self.held:
-            raise RuntimeError(
-                f"block {self.name!r} is held by another rank: state_dict() gathers all, and "
-                'placement="replicated" keeps all on every rank'
-            )
-        return basis
-
-    def _matrix(self, vector: Tensor) -> Tensor:
-        if vector.shape not in {self.shape, (self.dim,)}:
-            raise ValueError(
-                f"block {self.name!r} takes vectors of shape {self.shape} or ({self.dim},), "
-                f"got {tuple(vector.shape)}"
-            )
-        return self.layer.from_vector(vector)
 
 
 def is_whole(tensor: Tensor) -> bool:
