@@ -24,21 +24,36 @@ def _function(function: Callable[..., object]) -> Iterator[str]:
 
 
 def _class(cls: type) -> Iterator[str]:
-    bases = ", ".join(base.__name__ for base in cls.__bases__ if base is not object)
+    inner = list(_inner(cls))
+    bases = ", ".join(
+        base.__name__
+        for each in (cls, *inner)
+        for base in each.__bases__
+        if base is not object and base not in inner
+    )
     yield f"class {cls.__name__}({bases})" if bases else f"class {cls.__name__}"
     # A line for each argument, so that a difference shows what changed.
     for argument in _arguments(inspect.signature(cls)):
         yield f"    {argument}"
-    for name, member in sorted(vars(cls).items()):
+    members = {name: (c, m) for c in (*reversed(inner), cls) for name, m in vars(c).items()}
+    for name, (owner, member) in sorted(members.items()):
         if name.startswith("_"):
             continue
         if isinstance(member, property) and member.fget is not None:
             yield f"    .{name}{_returned(inspect.signature(member.fget), ': ')}"
         # torch puts a wrapped copy of an inherited `step` into classes that were used.
-        elif inspect.isfunction(member) and member.__qualname__ == f"{cls.__qualname__}.{name}":
+        elif inspect.isfunction(member) and member.__qualname__ == f"{owner.__qualname__}.{name}":
             signature = inspect.signature(member)
             _, *arguments = _arguments(signature)
             yield f"    .{name}({', '.join(arguments)}){_returned(signature, ' -> ')}"
+
+
+def _inner(cls: type) -> Iterator[type]:
+    """Base classes of the package that are not public: to a user a part of the class itself."""
+    for base in cls.__bases__:
+        if base.__module__.startswith("tekfac.") and base.__name__ not in tekfac.__all__:
+            yield base
+            yield from _inner(base)
 
 
 def _arguments(signature: inspect.Signature) -> Iterator[str]:

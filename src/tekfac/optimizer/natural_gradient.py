@@ -1,4 +1,4 @@
-"""The optimizer that all four methods are: everything but which block they use.
+"""The algorithm that all four methods are: everything but which block they use.
 
 It orchestrates: blocks know their curvature, `capture` knows the model, this module knows when what
 is due, and turns preconditioned gradients into steps.
@@ -7,13 +7,8 @@ is due, and turns preconditioned gradients into steps.
 from __future__ import annotations
 
 import inspect
-import json
-import math
-import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import is_dataclass
-from functools import reduce
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, overload
 
 import torch
@@ -23,25 +18,21 @@ from tekfac import verdict
 from tekfac.capture.capture import Capture
 from tekfac.capture.fisher import SampledFisher, make_fisher
 from tekfac.capture.likelihoods import Likelihood, make_likelihoods
-from tekfac.capture.outputs import chosen_outputs, find_outputs
-from tekfac.curvature.blocks import Block
 from tekfac.curvature.damping import AdaptiveDamping, Damping, MeanDamping
-from tekfac.layers import Layer, assign
-from tekfac.layers.assignment import plain_name
-from tekfac.optimizer import state
+from tekfac.layers import assign
 from tekfac.optimizer.arguments import check_arguments
 from tekfac.optimizer.events import Events
-from tekfac.optimizer.first_order import Adam, adam_state, adam_step
-from tekfac.optimizer.groups import check_group, completed, listed, rule_of
+from tekfac.optimizer.finite import all_finite, name_not_finite
+from tekfac.optimizer.first_order import Adam, adam_step
+from tekfac.optimizer.groups import check_group, rule_of
 from tekfac.optimizer.household import Household
-from tekfac.optimizer.summary import Summary, summarised
-from tekfac.optimizer.timetable import Intervals, Statistic, Timetable
+from tekfac.optimizer.model_optimizer import ModelOptimizer
+from tekfac.optimizer.timetable import Timetable
 from tekfac.optimizer.trial import check_closure, trial_of
 from tekfac.optimizer.unmeasured import check_grouped, check_measured, note_unused
 from tekfac.optimizer.update import (
     Preconditioner,
     kl_changes,
-    momentum_state,
     step_along,
     within_kl,
     within_rms,
@@ -49,7 +40,7 @@ from tekfac.optimizer.update import (
 from tekfac.ranks.fully_sharded import plain_parameters
 from tekfac.ranks.group import facts_of, ranks_for
 from tekfac.ranks.placement import check_placement
-from tekfac.ranks.shards import local, mesh_of
+from tekfac.ranks.shards import mesh_of
 from tekfac.ranks.uneven import Uneven, check_joined, joinable_part
 from tekfac.verdict import YES, Verdict
 
@@ -60,7 +51,7 @@ if TYPE_CHECKING:
 SUPPORTED = "matrices that rows are multiplied by, embeddings, convolutions"
 
 
-class NaturalGradient(torch.optim.Optimizer):
+class NaturalGradient(ModelOptimizer):
     r"""What KFAC, EKFAC, TKFAC and TEKFAC have in common.
 
     For every supported layer (paper, 3.9, where ``power`` is 1), with ``∇h`` the mini-batch
@@ -175,14 +166,9 @@ class NaturalGradient(torch.optim.Optimizer):
             by ``fully_shard``.
     """
 
-    make_block: ClassVar[type[Block]]
-    _called = False  # whether the model itself has been called in training
-    _cleared = False  # whether gradients were cleared since the closure was called
-    _reduction_ratio: float | None = None
     _uneven: Uneven | None = None
     _join_config: Any = None
     _whole = False  # whether all of the model is to be trained
-    _initialised = False  # whether torch.distributed.checkpoint asked for all that a state has
     _settings: ClassVar[tuple[str, ...]] = (
         "factor_every",
         "basis_every",
@@ -279,10 +265,10 @@ class NaturalGradient(torch.optim.Optimizer):
             )
         self._events = Events()
         self._timetable = Timetable()
-        self._blocks: dict[str, Block] = {}
-        self._frozen: set[Tensor] = set()
+        self._blocks = {}
+        self._frozen = set()
         self._preconditioner = Preconditioner()
-        self._capture: Capture | None = None
+        self._capture = None
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -338,165 +324,6 @@ class NaturalGradient(torch.optim.Optimizer):
             "the steps that they took": str(self._timetable.step),
         }
 
-    @property
-    def _method(self) -> str:
-        return type(self).__name__
-
-    # -- what a user asks --------------------------------------------------------------------------
-
-    @property
-    def blocks(self) -> Mapping[str, Block]:
-        """The curvature block of every supported layer, by the layer's name in the model."""
-        return MappingProxyType(self._blocks)
-
-    @property
-    def counters(self) -> dict[str, int]:
-        """Steps taken, and how often something was skipped or failed.
-
-        ``steps`` counts steps that were taken; ``skipped_steps`` those left out because a gradient
-        was not finite; ``skipped_statistics`` batches of one layer whose statistics were not
-        finite; ``failed_decompositions`` refreshes of one layer's basis that failed, and kept the
-        old one.
-
-        On an accelerator, which steps and statistics are skipped is decided there. Reading this
-        waits for it, as does a refresh of the basis, which is when such a skip is warned of.
-        """
-        self._events.read()
-        return dict(self._events.counts)
-
-    @property
-    def reduction_ratio(self) -> float | None:
-        """ρ of the last step that `AdaptiveDamping` compared, None before the first.
-
-        nan where nothing could be said: the curvature predicted no decrease of the loss, or one
-        too small to be seen in it. -inf where the loss was not finite after the step.
-        """
-        return self._reduction_ratio
-
-    def treatment(self) -> dict[str, str]:
-        """How each parameter of the model is trained, in words, by the parameter's name."""
-        return {entry.name: entry.treatment for entry in self.summary().entries}
-
-    def summary(self) -> Summary:
-        """Every parameter: its block, that one's sizes and costs, or the first-order rule and why.
-
-        ``print(optimizer)`` shows it. Before the first step it tells what will be, as far as the
-        model's modules tell; whether a matrix is multiplied at all is seen when it is.
-        """
-        return summarised(
-            plain_parameters(self.model).items(),
-            self._method,
-            self._blocks,
-            self._assignment,
-            self._capture,
-            self.param_groups,
-            self.state,
-            self._timetable.schedule.refreshed,
-            self._events.counts["steps"],
-        )
-
-    def __str__(self) -> str:
-        return str(self.summary())
-
-    def close(self) -> None:
-        """Remove all hooks from the model; `step` then raises. Harmless when done twice.
-
-        The same happens by itself when the optimizer is garbage collected.
-        """
-        if self._capture is not None:
-            self._capture.close()
-            self._capture = None
-
-    def _open(self) -> Capture:
-        if self._capture is None:
-            raise RuntimeError(f"this {self._method} optimizer is closed: its hooks were removed")
-        return self._capture
-
-    # -- parameter groups --------------------------------------------------------------------------
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Train more parameters, e.g. after unfreezing them.
-
-        Layers' parameters get blocks, others (of this model or not) the first-order rule; a group
-        that mixes them becomes two.
-
-        Args:
-            param_group: a dict with "params" and any of "lr", "momentum", "nesterov",
-                "weight_decay", "damping", "power" and "rms_clip".
-
-        Raises:
-            TypeError: if it is no dict with "params", or holds something that is no parameter.
-            ValueError: for a setting out of its range, a parameter that is in a group already, or
-                one of a layer whose block exists and covers only the layer's other parameter.
-            RuntimeError: after `close`.
-        """
-        if self._blocks:
-            self._open()
-        param_group = listed(param_group)
-        settings = {key: value for key, value in param_group.items() if key != "params"}
-        check_group({**self.defaults, **settings}, self.make_block.trace_damping, self._method)
-        before = len(self.param_groups)
-        super().add_param_group(
-            completed(
-                param_group,
-                self.defaults,
-                self._assignment,
-                self._blocks,
-                self.first_order,
-            )
-        )
-        added = self.param_groups[before]["params"]
-        self._frozen.update(p for p in added if not p.requires_grad)
-        if self._blocks and any(p in self._assignment.owner for p in added):
-            self._build_blocks()
-        self._household.doubt()
-
-    def _build_blocks(self) -> None:
-        """Make the blocks of all layers in the curvature groups, and listen to them."""
-        group_of = self._group_of()
-        layers: dict[str, Layer] = {}
-        for name, candidate in self._assignment.candidates.items():
-            weight, bias = candidate.weight, candidate.bias
-            own_weight = weight if weight in group_of else None
-            own_bias = bias if bias in group_of else None
-            if name in self._blocks or (own_weight is None and own_bias is None):
-                continue
-            layers[name] = candidate.make(name, weight, own_weight, own_bias)
-        for name, layer in layers.items():
-            group = group_of[layer.parameters[0]]
-            self._blocks[name] = self.make_block(layer, group, self.rank, self.storage)
-        self._household.place(self._blocks)
-        self._listen()
-
-    def _group_of(self) -> dict[Tensor, dict[str, Any]]:
-        """The group of each parameter that may be covered by a block."""
-        return {
-            p: group
-            for group in self.param_groups
-            for p in group["params"]
-            if p in self._assignment.owner and p not in self._frozen
-        }
-
-    def _listen(self) -> None:
-        """Put the hooks on the model, in place of those there may be."""
-        if self._capture is not None:
-            self._called = self._capture.called
-        self.close()
-        self._capture = Capture(
-            self.model,
-            self._assignment,
-            self._blocks,
-            self.fisher,
-            self.likelihoods,
-            find_outputs if self.output is None else chosen_outputs(self.output),
-            self.mean_over,
-            self.batch_dim,
-            self._called,
-        )
-        # With the optimizer's end, not the capture's: the graph of a loss that is kept holds that.
-        weakref.finalize(self, self._capture.close)
-        self._set_due()
-
     # -- the step ----------------------------------------------------------------------------------
 
     @overload
@@ -545,14 +372,15 @@ class NaturalGradient(torch.optim.Optimizer):
             if block.pending and all(p.grad is None for p in block.layer.parameters):
                 block.discard()  # its gradients were cleared: there is nothing to step along
         wanted = YES
-        finite = self._ranks.everywhere(self._finite())
+        gradients = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
+        finite = self._ranks.everywhere(all_finite(gradients, self._waits(), self._method))
         if finite is not None and self._leaves_open():
             wanted = Verdict(finite)
             self._events.decide(finite)
         else:
             self._events.read()
             if finite is not None and not bool(finite):
-                self._events.skip(self._not_finite())
+                self._events.skip(name_not_finite(self.model, self._ranks))
                 self._discard()
                 return loss
             self._events.go()
@@ -613,19 +441,6 @@ class NaturalGradient(torch.optim.Optimizer):
     def _leave_join(self) -> None:
         self._uneven = None
 
-    def _initialise(self) -> None:
-        """Make the state that a step would, as torch.distributed.checkpoint has it made.
-
-        It loads only what is there already: of blocks that have no estimates there are blank ones
-        in states from now on.
-        """
-        self._initialised = True
-        covered = {p for block in self._blocks.values() for p in block.layer.parameters}
-        for group in self.param_groups:
-            adam_state([p for p in group["params"] if p not in covered], self.state)
-            if group["momentum"]:
-                momentum_state([p for p in group["params"] if p in covered], self.state)
-
     def _leaves_open(self) -> bool:
         """Whether the device decides by itself what the coming step skips.
 
@@ -646,36 +461,6 @@ class NaturalGradient(torch.optim.Optimizer):
     def _waits(self) -> bool:
         """Whether reading from the device makes the host wait for work given to it before."""
         return any(verdict.waits(p.device) for group in self.param_groups for p in group["params"])
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Reset the gradients, and forget statistics taken since the last step along with them."""
-        super().zero_grad(set_to_none)
-        self._cleared = True
-        self._discard()
-        if self._capture is not None:
-            self._capture.resume()
-
-    def _discard(self) -> None:
-        for block in self._blocks.values():
-            block.discard()
-        if self._capture is not None:
-            self._capture.discard()
-
-    def _intervals(self) -> Intervals:
-        """How often what is due; settings may be changed between steps."""
-        factors = Statistic(self.factor_every, self.factor_decay, self.factor_rows)
-        return Intervals(factors, self.basis_every, self.interval_warmup)
-
-    def _set_due(self) -> None:
-        capture = self._capture
-        again = capture is not None and self._ranks.repeats(capture.missed)
-        self._timetable.announce(
-            self._blocks.values(), self._intervals(), self._ranks, again, self._household.divided
-        )
-        if isinstance(self.fisher, SampledFisher):
-            self._ranks.reseed(self.fisher.generator, self.fisher.seed, self._timetable.step)
-        if capture is not None:
-            capture.expect()
 
     def _agree(self, capture: Capture) -> None:
         """Have all ranks know the same before a basis is made or a layer measured the first time.
@@ -725,40 +510,6 @@ class NaturalGradient(torch.optim.Optimizer):
             self._update_fc_scale()
         return troubled
 
-    def _update_fc_scale(self) -> None:
-        """Bring β of the fully-connected blocks up to date, where the method has it."""
-
-    def _finite(self) -> Tensor | None:
-        """Whether all gradients are, 0-dimensional; None if there is none.
-
-        One whose square is beyond float32's range (entries above 1e19) counts as not finite.
-        """
-        grads = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
-        # Of a small parameter that is divided a rank may have nothing.
-        grads = [grad for grad in local(grads) if grad.numel()]
-        if not grads:
-            return None
-        if any(grad.is_sparse for grad in grads):
-            raise RuntimeError(
-                f"{self._method} does not support sparse gradients: give embeddings sparse=False"
-            )
-        waits = self._waits()
-        finite = _all_finite(grads, math.inf if waits else 2.0)
-        # Of numbers near the end of their range the square is not finite, and the largest is: of
-        # gradients on a processor that takes 20 times as long to find.
-        return finite if waits or bool(finite) else _all_finite(grads, math.inf)
-
-    def _not_finite(self) -> str:
-        """Name of a parameter whose gradient is not finite."""
-        own = ""
-        for name, p in plain_parameters(self.model).items():
-            if p.grad is not None and not bool(torch.isfinite(local([p.grad])[0]).all()):
-                own = repr(name)
-                break
-        # Of a parameter that is divided another rank's part may be it.
-        said = self._ranks.texts(own)
-        return next(filter(None, said), "a parameter outside the model")
-
     def _apply(self, wanted: Verdict) -> None:
         """Turn gradients into steps: preconditioned for the layers, first order for the rest.
 
@@ -792,105 +543,6 @@ class NaturalGradient(torch.optim.Optimizer):
             others = [p for p in ready if p not in directions]
             adam_step(others, self.state, rule_of(group), wanted)
 
-    # -- state -------------------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that continues the run bit for bit, as plain tensors, numbers and strings.
-
-        As in ``torch.optim``, tensors are references: save or deep-copy it before the next step.
-        Beside "state" and "param_groups" there is "tekfac", with the method, its settings, counters
-        and the state of the generator; a block's estimates are in the state of the layer's first
-        parameter.
-        """
-        packed = super().state_dict()
-        learnt = self._household.learnt(self._blocks)
-        layout = state.layout_of(self.param_groups, self._blocks)
-        for name, each in layout.items():
-            each["estimates"] = list(learnt[name])
-            if self._initialised:
-                learnt[name] = self._blocks[name].blank() | learnt[name]
-        state.add_blocks(packed, self.param_groups, self._blocks, learnt)
-        packed["tekfac"] = {
-            "method": self._method,
-            "blocks": layout,
-            "settings": {name: getattr(self, name) for name in self._settings},
-            "counters": self.counters,
-            "position": self._timetable.step,
-            "reduction_ratio": self._reduction_ratio,
-            "schedule": self._timetable.state_dict(self._blocks.values()),
-        }
-        if isinstance(self.fisher, SampledFisher):
-            packed["tekfac"] |= self.fisher.state_dict()
-        if packed["param_groups"]:
-            # Where torch.distributed.checkpoint, which knows of nothing else, takes it along: as
-            # text, which it does not mix with that of the optimizer that it loads into.
-            packed["param_groups"][0]["tekfac"] = json.dumps(packed["tekfac"])
-        return packed
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken; nothing is changed if it does not fit.
-
-        Settings kept in it (intervals, decays, groups' settings) replace those given to the
-        constructor.
-
-        Raises:
-            ValueError: if it is of another method, another architecture or no state of this
-                package.
-        """
-        # A copy: torch would share the tensors with the other optimizer.
-        packed = state.normal_form(state_dict, self.param_groups, self._blocks)
-        own = packed.pop("tekfac")
-        # Older states have the names of what wraps the model in those of its layers.
-        strange = own["blocks"].keys() - self._blocks.keys()
-        state.rename(own, {name: plain_name(self.model, name) for name in strange})
-        state.check_fits(packed, own, self._method, self.param_groups, self._blocks)
-        learnt = state.take_blocks(packed, own["blocks"])
-        parameters = {i: p for p, i in state.index_of(self.param_groups).items()}
-        for i, values in packed["state"].items():
-            for key, value in values.items():
-                values[key] = self._household.shards.adopt(parameters[i], value)
-        super().load_state_dict(packed)
-        index, group_of = state.index_of(self.param_groups), self._group_of()
-        for block in self._blocks.values():
-            first = block.layer.parameters[0]
-            block.group = group_of[first]
-            if own["blocks"].get(block.name) is not None:  # not there in older states
-                block.load_state_dict(learnt[index[first]])
-        for name, value in own["settings"].items():
-            setattr(self, name, value)
-        self._events.load(own["counters"])
-        self._reduction_ratio = own.get("reduction_ratio")  # not there in older states
-        step = own.get("position", own["counters"]["steps"])  # not there in older states
-        self._timetable.load(step, own.get("schedule"), self._blocks.values(), self._intervals())
-        if isinstance(self.fisher, SampledFisher):
-            self.fisher.load_state_dict(own)
-        self._update_fc_scale()
-        self._household.doubt()
-        self._set_due()
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A scheduler puts its own `step` on the instance; it and hooks stay behind, as in torch.
-        kept = {
-            key: value
-            for key, value in self.__dict__.items()
-            if key not in ("_capture", "_uneven", "step") and not key.startswith("_optimizer_")
-        }
-        called = self._called if self._capture is None else self._capture.called
-        closed = self._capture is None
-        return kept | {"closed": closed, "_called": called, "_preconditioner": Preconditioner()}
-
-    def __setstate__(self, kept: dict[str, Any]) -> None:
-        closed = kept.pop("closed", None)
-        super().__setstate__(kept)
-        for group in self.param_groups:
-            # Not there in older states.
-            group.setdefault("power", 1.0)
-            group.setdefault("rms_clip", None)
-        if closed is not None:  # unpickled or copied, not load_state_dict
-            self._capture = None
-            if not closed:
-                self._listen()
-
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Show the whole signature of a method's constructor, whose common part is ``**common``."""
         super().__init_subclass__(**kwargs)
@@ -901,11 +553,3 @@ class NaturalGradient(torch.optim.Optimizer):
                     if name != "self" and parameter.kind is not parameter.VAR_KEYWORD:
                         merged.setdefault(name, parameter)
         cls.__signature__ = inspect.Signature(list(merged.values()))  # type: ignore[attr-defined]
-
-
-def _all_finite(tensors: list[Tensor], order: float) -> Tensor:
-    """Whether the norms of this order of all tensors are, 0-dimensional."""
-    tensors = [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
-    dtype = reduce(torch.promote_types, {t.dtype for t in tensors}, torch.float32)
-    norms = torch._foreach_norm(tensors, order, dtype=dtype)
-    return torch.stack([n.to(tensors[0].device) for n in norms]).isfinite().all()
