@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import tekfac
 from harness import METHODS, TRACED
-from tekfac.curvature import blocks
+from tekfac.curvature import approximation
 
 
 def network(depth: int = 3, width: int = 4) -> nn.Module:
@@ -74,7 +74,7 @@ def test_the_same_as_each_by_itself(
     found = train(stacked, 7)
     # Two kinds of convolutions, and the last layer.
     assert storages(bases(stacked)) == 3
-    monkeypatch.setattr(blocks, "STACKED", 0)
+    monkeypatch.setattr(approximation, "STACKED", 0)
     alone = build(method, model, **options)
     expected = train(alone, 7)
     assert storages(bases(alone)) == 7
@@ -102,7 +102,7 @@ def test_settings_of_their_own(method: str, monkeypatch: pytest.MonkeyPatch) -> 
         return train(optimizer, 3, skip=2)
 
     found = trained()
-    monkeypatch.setattr(blocks, "STACKED", 0)
+    monkeypatch.setattr(approximation, "STACKED", 0)
     check_near(found, trained())
 
 
@@ -121,7 +121,7 @@ def test_layers_that_come_and_go(method: str, monkeypatch: pytest.MonkeyPatch) -
         return train(optimizer, 3, skip=6)
 
     found = trained()
-    monkeypatch.setattr(blocks, "STACKED", 0)
+    monkeypatch.setattr(approximation, "STACKED", 0)
     check_near(found, trained())
 
 
@@ -145,8 +145,8 @@ def test_a_run_goes_on_from_a_state_or_a_copy(how: str) -> None:
 
 def test_a_pickle_holds_nothing_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
-    for limit in (blocks.STACKED, 0):
-        monkeypatch.setattr(blocks, "STACKED", limit)
+    for limit in (approximation.STACKED, 0):
+        monkeypatch.setattr(approximation, "STACKED", limit)
         torch.manual_seed(0)
         optimizer = build("TEKFAC", network())
         train(optimizer, 1)

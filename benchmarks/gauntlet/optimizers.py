@@ -107,7 +107,7 @@ class Contender:
         return len(self.grid) > 1
 
 
-NATURAL_GRID = grid(lr=(1e-3, 3e-3, 1e-2), power=(0.5, 1.0))
+NATURAL_GRID = grid(lr=(2.5e-3, 5e-3, 1e-2), power=(0.5, 1.0))
 
 CONTENDERS: dict[str, Contender] = {
     "sgd": Contender(

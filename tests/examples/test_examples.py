@@ -170,7 +170,7 @@ def test_trainer_does_what_a_plain_loop_does(
 
     trainer.MODELS[family] = without_dropout
     run, model = plain_trainer(trainer, family, str(tmp_path), 12, **options)
-    assert far(run.model, model) < 1e-5
+    assert far(run.model, model) < 3e-5
 
 
 def test_trainer_with_checkpointing_does_what_it_does_without(
