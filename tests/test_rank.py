@@ -270,3 +270,44 @@ def test_leading_eigenvectors() -> None:
 def test_bad_rank(value: Any) -> None:
     with pytest.raises(ValueError, match="rank must be a whole number of at least 1, got"):
         tekfac.KFAC(nn.Linear(2, 2), rank=value)
+
+
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(("groups", "bias"), [(1, True), (2, False)])
+@pytest.mark.parametrize("method", METHODS)
+def test_steps_of_a_kernel_are_the_same_however_it_is_stored(
+    method: str, groups: int, bias: bool, memory: torch.memory_format
+) -> None:
+    """Where few eigenvectors are kept, those are put in the order of the weight's entries."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(5 * groups, 25 * groups, (1, 5), groups=groups, bias=bias)
+    head = nn.Linear(25 * groups, 3).requires_grad_(False)
+    model = nn.Sequential(conv, nn.Flatten(), nn.Tanh(), head).double().to(memory_format=memory)
+    x, y = torch.randn(3, 5 * groups, 1, 5, dtype=torch.float64), torch.arange(3)
+    options: dict[str, Any] = {"momentum": 0.0, "rms_clip": None}
+    whole = stepped(method, copy.deepcopy(model), x, y, rank=None, **options).blocks["0"]
+    before = [p.detach().clone() for p in conv.parameters()]
+    optimizer = stepped(method, model, x, y, rank=RANK, lr=0.1, **options)
+    block = optimizer.blocks["0"]
+    assert block.basis.input.shape[2] == RANK
+    assert block.layer.as_stored == (memory == torch.contiguous_format)
+    assert not whole.layer.as_stored
+    if groups == 1:
+        close(block.dense(damped=True), whole.dense(damped=True))
+
+    def matrix(parts: list[Tensor]) -> Tensor:
+        return torch.cat([part.reshape(25 * groups, -1) for part in parts], 1)
+
+    moved = [p.detach() - old for p, old in zip(conv.parameters(), before, strict=True)]
+    gradient = matrix([p.grad for p in conv.parameters() if p.grad is not None])
+    close(-matrix(moved) / 0.1, whole.inverse_matvec(gradient))
+    v = torch.randn(block.shape, dtype=torch.float64)
+    close(block.matvec(v), whole.matvec(v))
+    # The order may change while training goes on, and does not belong to the state.
+    state = copy.deepcopy(optimizer.state_dict())
+    other = torch.contiguous_format if memory == torch.channels_last else torch.channels_last
+    model.to(memory_format=other)
+    close(block.matvec(v), whole.matvec(v))
+    optimizer.load_state_dict(state)
+    assert block.layer.as_stored == (other == torch.contiguous_format)
+    close(block.matvec(v), whole.matvec(v))

@@ -9,6 +9,7 @@ by batch, is a `Block`'s part (`curvature.blocks`).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -25,6 +26,9 @@ DENSE_LIMIT = 8192
 
 # Multiplications of one rotation above which a block is preconditioned by itself.
 STACKED = 2**26
+
+# Eigenvalues of a block up to which what a gradient is multiplied by is kept from step to step.
+KEPT = 2**16
 
 
 class Approximation(ABC):
@@ -61,6 +65,7 @@ class Approximation(ABC):
         """Whether the estimate is kept here, and not by another rank."""
         self._row_norm = layer.row_norm
         self._damping_kept: tuple[object, object, Tensor, Tensor] | None = None
+        self._multipliers_kept: tuple[object, object, Tensor] | None = None
 
     # -- what a curious user asks ------------------------------------------------------------------
 
@@ -114,14 +119,13 @@ class Approximation(ABC):
 
     def matvec(self, vector: Tensor) -> Tensor:
         """``F̂ v``, without damping, in the shape of ``vector``."""
-        basis = self._own_basis()
-        matrix = basis.apply(self._eigenvalues(), self._matrix(vector))
+        matrix = self._aligned_basis().apply(self._eigenvalues(), self._matrix(vector))
         return self.layer.to_vector(matrix).reshape(vector.shape)
 
     def curvature_along(self, matrix: Tensor) -> Tensor:
         """``δᵀ F_l δ`` of a ``(G, d_out, d_in)`` step, 0-dimensional; F_l is without β."""
-        basis = self._own_basis()
-        return (matrix * basis.apply(self._eigenvalues(), matrix)).sum() / self.fc_scale
+        product = self._aligned_basis().apply(self._eigenvalues(), matrix)
+        return (matrix * product).sum() / self.fc_scale
 
     def inverse_matvec(self, vector: Tensor) -> Tensor:
         """``(F̂ + λ I)^(−power) v``, what `precondition` does, in the shape of ``vector``.
@@ -142,7 +146,7 @@ class Approximation(ABC):
         Raises:
             ValueError: if the block has more than 8192 rows.
         """
-        basis = self._own_basis()
+        basis = self._aligned_basis()
         if self.dim > DENSE_LIMIT:
             raise ValueError(
                 f"block {self.name!r} has {self.dim} rows; dense() makes matrices of up to "
@@ -167,12 +171,18 @@ class Approximation(ABC):
 
         (2.5), where the power is 1.
         """
-        basis = self._own_basis()
-        return basis.apply(self.multipliers(), matrix)
+        return self._aligned_basis().apply(self.multipliers(), matrix)
 
     def multipliers(self) -> Tensor:
         """What a gradient in the basis is multiplied by: eigenvalues of ``(F̂ + λ I)^(−power)``."""
-        return self._damped_eigenvalues().pow(-self.group["power"])
+        rule, power, fc_scale = self.group["damping"], self.group["power"], self.fc_scale
+        kept = self._multipliers_kept
+        if kept is None or kept[0] != (rule, power) or kept[1] is not fc_scale:
+            found = self._damped_eigenvalues().pow(-power)
+            kept = ((rule, power), fc_scale, found)
+            # Many small operations: worth keeping where there are few numbers.
+            self._multipliers_kept = kept if found.numel() <= KEPT else None
+        return kept[2]
 
     @property
     def stacking(self) -> object | None:
@@ -261,6 +271,10 @@ class Approximation(ABC):
         measured = Measured(trace, self._row_norm, dim, dtype)
         return damping_of(self.group["damping"], measured)
 
+    def _forget(self) -> None:
+        """The estimate changes: what was kept of what follows from it is gone."""
+        self._damping_kept = self._multipliers_kept = None
+
     def _require_basis(self) -> Basis:
         if self.empty or self.basis is None:
             raise RuntimeError(
@@ -277,6 +291,21 @@ class Approximation(ABC):
                 'placement="replicated" keeps all on every rank'
             )
         return basis
+
+    def _aligned_basis(self) -> Basis:
+        """The basis, with entries in the order of `Layer.matrix`."""
+        basis = self._own_basis()
+        return replace(basis, input=self.layer.aligned(basis.input))
+
+    def _order_columns(self) -> None:
+        """Let gradients lie as they are stored, where few eigenvectors are to be aligned to that.
+
+        To go through a gradient once more takes as long as a fourth part of preconditioning it.
+        """
+        assert self.basis is not None
+        kept = self.basis.input.shape[2]
+        narrow = kept < min(self.layer.d_in, self.layer.d_out)
+        self.layer.as_stored = narrow and self.layer.storable
 
     def _matrix(self, vector: Tensor) -> Tensor:
         if vector.shape not in {self.shape, (self.dim,)}:

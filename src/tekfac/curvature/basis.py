@@ -69,8 +69,11 @@ class Basis:
         rows_rest = rows_rest[:, :, :k_in]
         leading = (values[:, :k_out, :k_in] - columns_rest - rows_rest + rest) * both
         columns = ((rows_rest - rest) * columns).baddbmm_(output, leading)
-        result = (rest * matrix).baddbmm_(columns, input.mT)
-        return result.baddbmm_(output, (columns_rest - rest) * (output.mT @ matrix))
+        rows = (columns_rest - rest) * (output.mT @ matrix)
+        # Side by side: what is as large as the matrix is gone through once.
+        return (rest * matrix).baddbmm_(
+            torch.cat([columns, output], 2), torch.cat([input.mT, rows], 1)
+        )
 
     def squares(
         self, layer: Layer, sample: Sample, dtype: torch.dtype | None, total: Tensor | None

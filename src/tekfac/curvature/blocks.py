@@ -252,7 +252,7 @@ class Block(Approximation):
                 there is an estimate already, nothing is read from the device.
         """
         if self.pending or self.due.basis:
-            self._damping_kept = None
+            self._forget()
         some, terms = self.pending, self._terms
         used = usable
         if some and isinstance(terms, Tensor):
@@ -317,6 +317,7 @@ class Block(Approximation):
         if self.basis is not None:
             self._change_basis(self.basis, new)
         self.basis = new
+        self._order_columns()
         return True
 
     def vectors(self) -> list[Tensor]:
@@ -394,11 +395,13 @@ class Block(Approximation):
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take over what `state_dict` gave, in copies on the layer's device and as kept here."""
         self.discard()
-        self._damping_kept = None
+        self._forget()
         state = {name: self._adopted(name, value) for name, value in state.items()}
         basis = _under(state, "basis.")
         self.factors.load_state_dict(_under(state, "factor."), basis)
         self.basis = self.factors.make_basis(**basis) if basis else None
+        if self.basis is not None:
+            self._order_columns()
         self.release()
         self._row_norm = state["row_norm"]
         self.silent = bool(state["silent"])

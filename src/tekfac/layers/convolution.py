@@ -92,6 +92,19 @@ class ConvLayer(Layer):
         shape = self.full.shape
         return columns.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
 
+    @property
+    def storable(self) -> bool:
+        return math.prod(self.kernel) > 1 and self.full.is_contiguous()
+
+    def aligned(self, vectors: Tensor) -> Tensor:
+        if not self.as_stored:
+            return vectors
+        groups, _, k = vectors.shape
+        count = self.d_in - (self.bias is not None)
+        patches = vectors[:, :count].view(groups, *self.kernel, -1, k)
+        weights = patches.movedim(-2, 1).reshape(groups, count, k)
+        return torch.cat([weights, vectors[:, count:]], 1) if self.bias is not None else weights
+
     def _gradients(self, call: Call, examples: int, first: int, last: int) -> Tensor:
         x, g = call.a, call.g
         if x is None:

@@ -41,6 +41,8 @@ class Layer(ABC):
         d_out: rows per group.
         looked_up: whether inputs are one-hot rows, known by the numbers of their entries.
         apart: whether groups see rows of their own, some more than others.
+        as_stored: whether `matrix` has its columns in the order in which the weight is stored, and
+            not in that of inputs: a gradient is then what it is, and no copy of it.
     """
 
     groups: int = 1
@@ -48,6 +50,7 @@ class Layer(ABC):
     d_out: int
     looked_up: bool = False
     apart: bool = False
+    as_stored: bool = False
 
     def __init__(
         self,
@@ -122,12 +125,13 @@ class Layer(ABC):
     def matrix(self, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """Weight and bias (or their gradients) as ``(G, d_out, d_in)``; a missing one counts as 0.
 
-        Columns are in the order that the layer kind finds best for its inputs.
+        Columns are in the order of inputs, or as they are stored (`as_stored`).
         """
         columns = []
         if self.weight is not None:
             part = _zeros(self.weight) if weight is None else weight
-            columns.append(self._columns(part).reshape(self.groups, self.d_out, -1))
+            found = self._plain_columns(part) if self.as_stored else self._columns(part)
+            columns.append(found.reshape(self.groups, self.d_out, -1))
         if self.bias is not None:
             part = _zeros(self.bias) if bias is None else bias
             columns.append(part.reshape(self.groups, self.d_out, 1))
@@ -142,12 +146,22 @@ class Layer(ABC):
             None if bias is None else values.get(bias),
         )
 
+    @property
+    def storable(self) -> bool:
+        """Whether the weight is stored with its columns in another order than that of inputs."""
+        return False
+
+    def aligned(self, vectors: Tensor) -> Tensor:
+        """Vectors of input space, ``(G, d_in, k)``, with entries in the order of `matrix`."""
+        return vectors
+
     def split(self, matrix: Tensor) -> list[Tensor]:
         """The inverse of `matrix`: one tensor for each of `parameters`, in its shape."""
         flat = matrix.reshape(self.shape)
         parts = []
         if self.weight is not None:
-            parts.append(self._weight(flat[:, : self.d_in - (self.bias is not None)]))
+            columns = flat[:, : self.d_in - (self.bias is not None)]
+            parts.append(self._plain_weight(columns) if self.as_stored else self._weight(columns))
         if self.bias is not None:
             parts.append(flat[:, -1].reshape(self.bias.shape))
         return parts

@@ -389,7 +389,9 @@ class NaturalGradient(ModelOptimizer):
         troubled = self._update_curvature(wanted)
         if not (capture.missed or over):
             check_measured(capture, self._blocks, troubled, self._events, self.model, self._method)
-        if self._whole and any(block.listening for block in self._blocks.values()):
+        step = self._timetable.step
+        if self._whole and self._intervals().last_turn(step) == step:
+            # Not in every step: it goes through all modules.
             check_grouped(plain_parameters(self.model), self.param_groups, self._events)
         note_unused(capture, self._blocks, self._ranks)
         capture.discard()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 from tekfac.curvature.blocks import Block, Due
@@ -121,18 +122,23 @@ class Timetable:
             )
         self.turns = self._choose(blocks, intervals)
         turns = {job.name for job in self.turns}
+
+        @cache
+        def due(factors: bool, scale: bool, basis: bool, late: bool) -> Due:
+            return replace(usual, factors=factors, scale=scale, basis=basis, late=late)
+
         for block in blocks:
             basis = block.name in turns
             if block.factors.empty:
                 # Measured as soon as it can be, but a layer that no gradient reaches must not cost
                 # an extra backward pass in every step.
                 now = usual.factors or not block.silent
-                block.due = replace(usual, factors=now, scale=now, basis=now, late=True)
+                block.due = due(now, now, now, True)
             else:
                 # A first basis has its rescaling with the next measurement: one for it alone would
                 # cost a backward pass in every turn.
                 scale = usual.scale and (basis or block.basis is not None)
-                block.due = replace(usual, scale=scale, basis=basis, late=basis or divided)
+                block.due = due(usual.factors, scale, basis, basis or divided)
 
     def welcome(self, blocks: Blocks, intervals: Intervals) -> None:
         """Choose again if blocks were measured for the first time: now what they take is known."""
@@ -146,7 +152,7 @@ class Timetable:
         """A step was taken, with the bases whose turn it was."""
         known = {block.name for block in blocks if not block.factors.empty}
         done = [job for job in self.turns if job.name in known]
-        self.schedule.charge(done, _step_cost(blocks), self.step)
+        self.schedule.charge(done, _step_cost(blocks) if done else 0, self.step)
         self.step += 1
 
     def state_dict(self, blocks: Blocks) -> dict[str, Any]:
@@ -179,7 +185,7 @@ class Timetable:
             if (block.basis is None or since.get(block.name, -1) < last)
             and (block.pending or not block.factors.empty)
         ]
-        if intervals.basis_every < LONG:
+        if intervals.basis_every < LONG or not jobs:
             return jobs
         return self.schedule.choose(jobs, _step_cost(blocks))
 

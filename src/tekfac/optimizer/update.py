@@ -78,7 +78,7 @@ def within_kl(
 
 
 def within_rms(naturals: Mapping[str, Tensor], blocks: Mapping[str, Block]) -> dict[str, Tensor]:
-    """Each block's natural gradient times ``min(1, (1 − momentum) rms_clip / rms(u))``.
+    """Each block's natural gradient times ``min(1, (1 − momentum) rms_clip / rms(u))``, in place.
 
     The sum that momentum makes of such has a root mean square of at most ``rms_clip``. One that is
     too large for its square to be a number becomes zero.
@@ -94,7 +94,7 @@ def within_rms(naturals: Mapping[str, Tensor], blocks: Mapping[str, Block]) -> d
             result[name] = torch.where(clip > 0, natural * clip, 0)
         elif clip != 1:
             # To go through a gradient takes as long as rotating it does: not where it can be seen.
-            result[name] = natural * clip if clip > 0 else torch.zeros_like(natural)
+            result[name] = natural.mul_(clip) if clip > 0 else natural.zero_()
     return result
 
 
