@@ -107,7 +107,7 @@ class Contender:
         return len(self.grid) > 1
 
 
-NATURAL_GRID = grid(lr=(2.5e-3, 5e-3, 1e-2), power=(0.5, 1.0))
+NATURAL_GRID = grid(lr=(2.5e-3, 5e-3, 1e-2), mean_damping=(0.1, 0.3))
 
 CONTENDERS: dict[str, Contender] = {
     "sgd": Contender(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import math
+import warnings
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -13,7 +15,7 @@ import torch
 from torch import nn
 
 import tekfac
-from benchmarks import adaptive, norms
+from benchmarks import adaptive, norms, strangers
 from tekfac.runs.config import Config
 from tekfac.runs.optimizers import METHODS
 
@@ -116,6 +118,28 @@ def test_adaptive_damping_is_compared(capsys: pytest.CaptureFixture[str]) -> Non
     assert all(len(row[4].split(", ")) == 4 for row in rows)
     assert [row[6] for row in rows[::2]] == ["0.1", "0.1"]
     assert all(row[6] != "0.3" for row in rows[1::2])
+
+
+def test_kinds_of_models_are_compared(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each trains as it is, without a word; what is judged is better where more of it is."""
+    ends = iter([(1.0, 2.0), (3.0, 2.0), (2.0, 2.0), (0.5, 8.0)])
+    with monkeypatch.context() as patch:
+        patch.setattr(strangers, "train", lambda *_: next(ends))
+        strangers.main(["--problems", "poles", "--seeds", "1"])
+    row = capsys.readouterr().out.splitlines()[-1]
+    assert row == "| poles | 600 | 1 | **3** | 2 | 0.5 | 4.00 |"
+    monkeypatch.setattr(strangers, "ADAMW", ())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for name, make in strangers.PROBLEMS.items():
+            torch.manual_seed(0)
+            images = strangers.Images(torch.rand(64, 1, 28, 28), torch.arange(64) % 10)
+            problem = make(images)
+            problem.steps = 2
+            end, _ = strangers.train(strangers.tekfac_as_it_is, problem)
+            assert math.isfinite(end), name
 
 
 class Normed(nn.Module):
