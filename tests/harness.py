@@ -110,13 +110,15 @@ class SideBySide:
         )
         self.start = {name: p.detach().clone() for name, p in self.slow.model.named_parameters()}
 
-    def step(self, x: Tensor, y: Tensor) -> SideBySide:
-        """One step of both on the same batch."""
+    def step(
+        self, x: Tensor, y: Tensor, measured: dict[str, list[reference.Batch]] | None = None
+    ) -> SideBySide:
+        """One step of both on the same batch; the reference need not measure it once more."""
         self.fast.zero_grad()
         device = next(self.model.parameters()).device
         self.loss(self.model(x.to(device)), y.to(device)).backward()
         self.fast.step()
-        self.slow.step(x, y, self.loss, self.draws)
+        self.slow.step(x, y, self.loss, self.draws, measured)
         return self
 
     def check_parameters(self) -> None:

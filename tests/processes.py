@@ -19,6 +19,9 @@ import torch.distributed as dist
 
 SECONDS = 60.0
 
+# What ranks would import each by itself; torch does the last two when an optimizer is made, and DDP.
+PRELOADED = ["torch", "torch.distributed", "tekfac", "torch._dynamo", "torch.distributed.fsdp"]
+
 Work = Callable[..., Any]
 
 
@@ -35,7 +38,7 @@ class Crew:
 
     def __init__(self, count: int) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torch.distributed", "tekfac"])
+        context.set_forkserver_preload(PRELOADED)
         self.pipes: list[Connection] = []
         self.processes = []
         for rank in range(count):

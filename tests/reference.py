@@ -449,8 +449,16 @@ class Optimizer:
         self.rows: dict[str, float] = {}
         self.steps = 0
 
-    def step(self, x: Tensor, y: Tensor, loss: Loss, draws: Draws) -> None:
-        statistics = measure(self.model, x, y, draws, self.exclude)
+    def step(
+        self,
+        x: Tensor,
+        y: Tensor,
+        loss: Loss,
+        draws: Draws,
+        measured: dict[str, list[Batch]] | None = None,
+    ) -> None:
+        """A step on a batch, of which ``measured`` is what `measure` says, if that is known."""
+        statistics = measured or measure(self.model, x, y, draws, self.exclude)
         for name, blocks in self.blocks.items():
             for block, batch in zip(blocks, statistics[name], strict=True):
                 block.update(

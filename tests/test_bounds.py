@@ -22,10 +22,16 @@ from harness import METHODS, NETWORKS, SideBySide, batch, pooled
 from tekfac.optimizer.events import LOST
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-@pytest.mark.parametrize("rms_clip", [1e-3, 1e3])
-@pytest.mark.parametrize("network", NETWORKS)
-@pytest.mark.parametrize("method", METHODS)
+# With momentum and without in turns, so that any two of the four meet.
+@pytest.mark.parametrize(
+    ("method", "network", "rms_clip", "momentum"),
+    [
+        (method, network, rms_clip, (0.0, 0.9)[(i + j + k) % 2])
+        for i, method in enumerate(METHODS)
+        for j, network in enumerate(NETWORKS)
+        for k, rms_clip in enumerate((1e-3, 1e3))
+    ],
+)
 def test_against_the_reference(method: str, network: str, rms_clip: float, momentum: float) -> None:
     torch.manual_seed(3)
     pair = SideBySide(
@@ -148,12 +154,12 @@ def autoencoded(method: str, reduction: str, **options: Any) -> list[float]:
 @pytest.mark.parametrize("power", [0.5, 1.0])
 @pytest.mark.parametrize("method", METHODS)
 def test_no_setting_around_the_defaults_ends_in_nan(method: str, power: float) -> None:
-    for lr, damping in itertools.product((0.1, 1.0, 10.0), (0.1, 1.0, 10.0)):
+    for lr, damping in itertools.product((0.1, 10.0), (0.1, 10.0)):
         model = perceptron(1)
         optimizer = getattr(tekfac, method)(
             model, lr=lr * 5e-3, damping=tekfac.MeanDamping(damping * 0.3), power=power
         )
-        for step in range(30):
+        for step in range(20):
             loss = backward(model, optimizer, step, 1e3)
             optimizer.step()
         assert bool(loss.isfinite()), (lr, damping)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 import reference
 import tekfac
@@ -27,10 +29,26 @@ FISHERS = ["empirical", "exact"]
 TRACE_DAMPINGS = [Trace(1e-6), Trace(1e3)]
 
 
-def first_step(network: str, method: str, *, bias: bool = True, **options: object) -> SideBySide:
+def problem(network: str, bias: bool) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
     torch.manual_seed(3)
-    model = NETWORKS[network](bias)
-    return SideBySide(model, method, **options).step(*batch(network, 6))
+    return NETWORKS[network](bias), batch(network, 6)
+
+
+@functools.cache
+def measured(network: str, bias: bool, fisher: str) -> dict[str, list[reference.Batch]]:
+    """What is measured in the first step, whatever the method makes of it."""
+    model, (x, y) = problem(network, bias)
+    empirical = reference.empirical(F.cross_entropy)
+    draws = {"exact": reference.categorical, "empirical": empirical}[fisher]
+    return reference.measure(model, x, y, draws)
+
+
+def first_step(
+    network: str, method: str, *, bias: bool = True, fisher: str = "exact", **options: object
+) -> SideBySide:
+    model, data = problem(network, bias)
+    pair = SideBySide(model, method, fisher=fisher, **options)
+    return pair.step(*data, measured(network, bias, fisher))
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 from collections.abc import Callable
 from itertools import pairwise
@@ -57,12 +59,13 @@ KINDS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
 }
 
 
+@functools.cache
 def measured(
     kind: str, method: str, fisher: str = "exact"
 ) -> tuple[SideBySide, dict[str, list[reference.Batch]]]:
     """Blocks after one batch of a network of this kind, and the batch example by example.
 
-    Nothing moves, as the learning rate is zero.
+    Nothing moves, as the learning rate is zero; so that several tests may look at the same.
     """
     torch.manual_seed(5)
     model, x = KINDS[kind]()
@@ -227,22 +230,21 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         assert relative(found[name], expected[name]) < ROUNDING, name
 
 
-@pytest.mark.parametrize("sizes", [(3, 3), (1, 4, 1)], ids=str)
 @pytest.mark.parametrize("fisher", FISHERS)
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("method", METHODS)
-def test_micro_batches(method: str, network: str, fisher: str, sizes: tuple[int, ...]) -> None:
+def test_micro_batches(method: str, network: str, fisher: str) -> None:
     torch.manual_seed(2)
     x, y = batch(network, 6)
 
     def at_once(model: nn.Module, _: object) -> None:
         F.cross_entropy(model(x), y).backward()
 
-    def in_parts(model: nn.Module, _: object) -> None:
+    def in_parts(sizes: tuple[int, ...], model: nn.Module, _: object) -> None:
         for part, labels in zip(x.split(sizes), y.split(sizes), strict=True):
             (F.cross_entropy(model(part), labels) * len(part) / len(x)).backward()
 
-    def forward_first(model: nn.Module, _: object) -> None:
+    def forward_first(sizes: tuple[int, ...], model: nn.Module, _: object) -> None:
         """All forward passes, then one backward pass through all of them."""
         losses = [
             F.cross_entropy(model(part), labels, reduction="sum")
@@ -251,9 +253,10 @@ def test_micro_batches(method: str, network: str, fisher: str, sizes: tuple[int,
         (sum(losses) / len(x)).backward()
 
     whole = blocks_of(network, method, fisher, at_once)
-    for train in (in_parts, forward_first):
-        for found, expected in zip(blocks_of(network, method, fisher, train), whole, strict=True):
-            assert_equal(found, expected)
+    for sizes, train in itertools.product(((3, 3), (1, 4, 1)), (in_parts, forward_first)):
+        found = blocks_of(network, method, fisher, functools.partial(train, sizes))
+        for each, expected in zip(found, whole, strict=True):
+            assert_equal(each, expected)
 
 
 @pytest.mark.parametrize("fisher", FISHERS)
@@ -411,9 +414,16 @@ def replayed(method: str, network: str, steps: int, **options: object) -> SideBy
 INTERVALS = [(1, 1, 1), (1, 1, 3), (2, 3, 4), (3, 2, 2), (2, 1, 3)]
 
 
-@pytest.mark.parametrize("every", INTERVALS, ids=str)
-@pytest.mark.parametrize("network", ["mlp", "small_convolution"])
-@pytest.mark.parametrize("method", METHODS)
+# All intervals with each method, the two networks in turns.
+@pytest.mark.parametrize(
+    ("method", "network", "every"),
+    [
+        (method, ("mlp", "small_convolution")[(i + j) % 2], every)
+        for i, method in enumerate(METHODS)
+        for j, every in enumerate(INTERVALS)
+    ],
+    ids=str,
+)
 def test_replay(method: str, network: str, every: tuple[int, int, int]) -> None:
     """Several steps, with intervals that meet in all ways, follow the reference."""
     options: dict[str, object] = {"factor_every": every[0], "basis_every": every[2]}

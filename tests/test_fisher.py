@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -450,6 +450,14 @@ def test_two_losses_of_one_output_are_one_batch(fisher: str) -> None:
     assert_same_blocks(found[0], found[1])
 
 
+@pytest.fixture
+def young_heap() -> Iterator[None]:
+    """What there was before the test is not searched: with all packages it takes half a second."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 UNUSUAL = 37
 """A batch size by which a batch's tensors are known among all tensors of the process."""
 
@@ -458,6 +466,7 @@ def last_is_activation() -> nn.Module:
     return nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3), nn.Softplus()).double()
 
 
+@pytest.mark.usefixtures("young_heap")
 @pytest.mark.parametrize("make", [mlp, last_is_activation])
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("fisher", FISHERS)
@@ -481,6 +490,7 @@ def test_nothing_is_kept_alive(fisher: str, backward: bool, make: Callable[[], n
         assert not [size for size in sizes if size[:1] == (UNUSUAL,)]
 
 
+@pytest.mark.usefixtures("young_heap")
 @pytest.mark.parametrize("fisher", FISHERS)
 def test_a_forward_pass_that_fails_leaves_nothing(fisher: str) -> None:
     """As after running out of memory: the batch is freed, and the next one is a batch like any."""

@@ -394,10 +394,16 @@ DEGENERATE = {
 
 
 @pytest.mark.filterwarnings("ignore:statistics of layer", "ignore:the gradient of")
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("fisher", FISHERS)
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", DEGENERATE)
+# With a bias and without in turns, so that any two of the four meet.
+@pytest.mark.parametrize(
+    ("name", "method", "fisher", "bias"),
+    [
+        (name, method, fisher, (i + j + k) % 2 == 0)
+        for i, name in enumerate(DEGENERATE)
+        for j, method in enumerate(METHODS)
+        for k, fisher in enumerate(FISHERS)
+    ],
+)
 def test_degenerate_batches_step_finitely(name: str, method: str, fisher: str, bias: bool) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(

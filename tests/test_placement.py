@@ -106,8 +106,16 @@ def placed(
     return found, held_bytes(optimizer), copy.deepcopy(optimizer.state_dict())
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("placement", ["replicated", 0.5, "sharded"])
+@pytest.mark.parametrize(
+    ("method", "placement"),
+    [
+        *((method, "sharded") for method in METHODS),
+        ("KFAC", "replicated"),
+        ("EKFAC", 0.5),
+        ("TKFAC", 0.5),
+        ("TEKFAC", "replicated"),
+    ],
+)
 def test_four_ranks(method: str, placement: str | float) -> None:
     data = batches_of(64, 7)
     model = wide()
@@ -178,7 +186,13 @@ def test_a_state_goes_to_any_number_of_ranks_and_back(method: str) -> None:
         same_state(state, results[0][2])
     state = results[0][2]
     close(resumed(method, data[4:], {}, state, start), expected, TOLERANCE)
-    for count, options in ((2, sharded), (2, {"placement": "replicated"}), (4, {"placement": 0.5})):
+    others: dict[str, list[tuple[int, dict[str, Any]]]] = {
+        "KFAC": [(4, {"placement": 0.5})],
+        "EKFAC": [(2, sharded)],
+        "TKFAC": [(2, {"placement": "replicated"})],
+        "TEKFAC": [(2, sharded), (2, {"placement": "replicated"}), (4, {"placement": 0.5})],
+    }
+    for count, options in others[method]:
         for found in together(count, resumed, method, data[4:], options, state, start):
             close(found, expected, TOLERANCE)
     model = wide()

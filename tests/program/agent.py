@@ -105,7 +105,8 @@ def serve() -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    multiprocessing.set_forkserver_preload(["tekfac.cli.app"])
+    # The last two are what every rank would import by itself.
+    multiprocessing.set_forkserver_preload(["tekfac.cli.app", "torch._dynamo", "sklearn.datasets"])
     for line in sys.stdin:
         here, folder, count, restarts, program, arguments = json.loads(line)
         os.chdir(here)

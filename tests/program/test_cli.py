@@ -33,6 +33,7 @@ COMPARE += ["--device", "cpu", "--threads", "1"]
 pytestmark = pytest.mark.usefixtures(workplace.__name__)
 
 
+@pytest.mark.usefixtures("drawn")
 def test_train_without_options_learns_the_digits() -> None:
     result = tekfac("train", "--device", "cpu")
     assert result.exit_code == 0, result.output
@@ -391,6 +392,7 @@ def test_without_the_extra_the_command_says_what_to_install(
     )
 
 
+@pytest.mark.usefixtures("drawn")
 def test_compare_makes_picture_and_table_and_reuses_its_runs() -> None:
     arguments = [*COMPARE, "--optimizers", "sgd,adam", "--seeds", "2", "--target", "0.5"]
     arguments += ["--lr", "sgd=0.02", "--momentum", "0.8", "--out", "both"]

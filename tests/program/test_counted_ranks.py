@@ -243,7 +243,7 @@ def only_small() -> Iterator[None]:
         yield
 
 
-@pytest.mark.usefixtures("only_small")
+@pytest.mark.usefixtures("only_small", "drawn")
 def test_the_program(tmp_path: Path) -> None:
     program.main(["--networks", "small", "--counts", "1,16", "--out", str(tmp_path)])
     rows = json.loads((tmp_path / "ranks.json").read_text())

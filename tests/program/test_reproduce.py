@@ -71,6 +71,7 @@ def times(folder: Path) -> dict[Path, int]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("drawn")
 def test_table_3_is_what_its_runs_say_and_figure_3_costs_nothing() -> None:
     output = reproduce("table3", *SMOKE)
     out = Path("results/table3-smoke")
@@ -134,6 +135,7 @@ def test_table_3_is_what_its_runs_say_and_figure_3_costs_nothing() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("drawn")
 def test_table_4_is_what_its_runs_say() -> None:
     output = reproduce("figure4", *SMOKE)
     assert "0 trials of searches and 6 runs" in output

@@ -48,6 +48,7 @@ def test_theorem_holds_on_every_layer_at_every_time() -> None:
             assert distance.trace == pytest.approx(1, abs=1e-3)
 
 
+@pytest.mark.usefixtures("drawn")
 def test_command(tmp_path: Path) -> None:
     out = tmp_path / "results"
     arguments = ["reproduce", "theorem31", "--scale", "smoke", "--out", str(out)]
