@@ -1,4 +1,7 @@
-"""Functions run by several processes at once, as ranks of one gloo group, within a time limit."""
+"""Functions run by processes forked from one that has imported torch: by ranks, or by themselves.
+
+Ranks are several at once, of one gloo group, and have a time limit.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +23,10 @@ import torch.distributed as dist
 
 SECONDS = 60.0
 
-# What ranks would import each by itself; torch does the last two when an optimizer is made, and DDP.
+# What each would import by itself; torch does the last two when an optimizer is made, and DDP.
+# The program and what reads the digits may be missing.
 PRELOADED = ["torch", "torch.distributed", "tekfac", "torch._dynamo", "torch.distributed.fsdp"]
+PRELOADED += ["tekfac.cli.app", "tekfac.runs.training", "sklearn.datasets"]
 
 Work = Callable[..., Any]
 
@@ -33,12 +39,59 @@ class Died(Failed):
     """A rank's process is no more."""
 
 
+def forking() -> ForkServerContext:
+    """Importing torch takes longer than most of what processes are for here."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
+
+
+class Started:
+    """A process that runs a function, as `subprocess.Popen` is one that runs a program."""
+
+    def __init__(self, work: Work, *args: Any) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        self._files = [str(Path(self._folder.name, name)) for name in ("output", "errors")]
+        arguments = (self._files, work, args)
+        self._process = forking().Process(target=_alone, args=arguments, daemon=True)
+        self._process.start()
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        assert self._process.pid is not None
+        os.kill(self._process.pid, number)
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def communicate(self, timeout: float) -> tuple[str, str]:
+        """Output and errors, once it has ended."""
+        self._process.join(timeout)
+        if self.returncode is None:
+            self.kill()
+            raise TimeoutError(f"it took more than {timeout} seconds")
+        output, errors = (Path(name).read_text() for name in self._files)
+        return output, errors
+
+
+def _alone(files: list[str], work: Work, args: tuple[Any, ...]) -> None:
+    for descriptor, name in enumerate(files, start=1):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_APPEND | os.O_CREAT), descriptor)
+    torch.set_num_threads(1)
+    work(*args)
+
+
 class Crew:
-    """Processes that wait for work; importing torch takes longer than most of it."""
+    """Processes that wait for work."""
 
     def __init__(self, count: int) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED)
+        context = forking()
         self.pipes: list[Connection] = []
         self.processes = []
         for rank in range(count):

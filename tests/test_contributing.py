@@ -1,4 +1,4 @@
-"""The worked examples of CONTRIBUTING.md: each is applied to a copy, where its own tests pass."""
+"""The worked examples of CONTRIBUTING.md are applied to a copy, where their own tests pass."""
 
 from __future__ import annotations
 
@@ -16,26 +16,24 @@ ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = re.compile(
     r"^```diff\n(.*?)^```\n+```sh\n\S+ -m pytest (.*?)\n```", re.MULTILINE | re.DOTALL
 )
-EXAMPLES = {
-    number: found.groups()
-    for number, found in enumerate(EXAMPLE.finditer((ROOT / "CONTRIBUTING.md").read_text("utf-8")))
-}
+EXAMPLES = EXAMPLE.findall((ROOT / "CONTRIBUTING.md").read_text("utf-8"))
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("git") is None, reason="git applies the examples")
-@pytest.mark.parametrize("number", EXAMPLES)
-def test_a_worked_example_works(number: int, tmp_path: Path) -> None:
-    diff, arguments = EXAMPLES[number]
+def test_the_worked_examples_work(tmp_path: Path) -> None:
     for part in ("src", "tests"):
         shutil.copytree(ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     # Not the repository that the folder may lie in.
     environment = {**os.environ, "GIT_CEILING_DIRECTORIES": str(tmp_path.parent)}
-    run("git", "apply", "-", folder=tmp_path, environment=environment, given=diff)
+    for diff, _ in EXAMPLES:
+        run("git", "apply", "-", folder=tmp_path, environment=environment, given=diff)
     environment["PYTHONPATH"] = str(tmp_path / "src")
-    tests = [sys.executable, "-m", "pytest", "-q", *shlex.split(arguments)]
-    assert re.search(r"^\d+ passed", run(*tests, folder=tmp_path, environment=environment), re.M)
+    tests = [sys.executable, "-m", "pytest", "-q"]
+    tests += [argument for _, arguments in EXAMPLES for argument in shlex.split(arguments)]
+    found = run(*tests, folder=tmp_path, environment=environment)
+    assert re.search(rf"^{len(EXAMPLES)} passed", found, re.MULTILINE)
 
 
 def test_there_are_two() -> None:

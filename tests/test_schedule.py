@@ -176,7 +176,8 @@ def test_channels_of_a_depthwise_convolution_keep_few_eigenvectors() -> None:
 
 @pytest.mark.usefixtures("nothing_free")
 @pytest.mark.parametrize(
-    ("method", "warmup"), [*((method, False) for method in METHODS), ("KFAC", True), ("TEKFAC", True)]
+    ("method", "warmup"),
+    [*((method, False) for method in METHODS), ("KFAC", True), ("TEKFAC", True)],
 )
 def test_no_step_makes_more_bases_than_it_may(method: str, warmup: bool) -> None:
     model = network()

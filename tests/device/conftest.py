@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,12 +25,14 @@ NoWaiting = Callable[[], AbstractContextManager[None]]
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """On ``twin``, where each operator takes a hundred times as long, some of the cases stand for
-    all: any two parameters of a test meet there with all their values."""
-    if NAME != "twin":
+    """Where there is no GPU, on ``twin`` above all, whose operators take a hundred times as long,
+    some of the cases stand for all: any two parameters of a test meet with all their values."""
+    if NAME == "cuda":
         return
+    folder = Path(__file__).parent
+    here = [item for item in items if folder in item.path.parents]
     tests: dict[str, dict[pytest.Item, set[Pair]]] = {}
-    for item in items:
+    for item in here:
         given = sorted(item.callspec.params.items()) if hasattr(item, "callspec") else []
         pairs = {(f"{a[0]} {b[0]}", repr(a[1]), repr(b[1])) for a in given for b in given if a != b}
         tests.setdefault(item.nodeid.split("[")[0], {})[item] = pairs or {("", repr(given), "")}
@@ -40,8 +43,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             best = max(cases, key=lambda item: len(cases[item] & missing))
             missing -= cases[best]
             kept.add(best)
-    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-    items[:] = [item for item in items if item in kept]
+    left_out = set(here) - kept
+    config.hook.pytest_deselected(items=[item for item in here if item in left_out])
+    items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import csv
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
+from processes import Started
 from tekfac.cli.app import app
 
 
@@ -56,6 +58,16 @@ def start(*arguments: str) -> subprocess.Popen[str]:
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
+
+
+def fork(*arguments: str) -> Started:
+    """The same, forked from one that has imported torch."""
+    return Started(_command, arguments)
+
+
+def _command(arguments: Sequence[str]) -> None:
+    sys.argv = ["tekfac", *arguments]
+    exec(PROGRAM, {})
 
 
 def rows(path: Path) -> list[dict[str, str]]:

@@ -1,4 +1,4 @@
-"""Pictures of runs are made, but drawn for tests about them alone: most of a small run is drawing."""
+"""Pictures of runs are made, but drawn only for tests that look at them: it takes most of a run."""
 
 from __future__ import annotations
 

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,8 +21,9 @@ from benchmarks.gauntlet.search import Choice, Plan
 from benchmarks.gauntlet.sources import Sources
 from benchmarks.gauntlet.tasks import TASKS
 from benchmarks.gauntlet.tasks.task import Task
+from processes import Started
 
-ROOT = Path(__file__).parents[2]
+SECONDS = 120.0
 FRACTION = 0.02
 SMALL = [
     *("--tasks", "regression,lstm", "--optimizers", "sgd,adamw,tekfac-defaults"),
@@ -140,17 +138,6 @@ def command(folder: Path) -> list[str]:
     return [*SMALL, "--out", str(folder), "--report", str(folder / "report")]
 
 
-def start(folder: Path) -> subprocess.Popen[str]:
-    path = os.pathsep.join([str(ROOT), str(ROOT / "src")])
-    return subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.gauntlet", *command(folder)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All runs, by one process that nothing disturbs."""
@@ -160,12 +147,12 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_killed_process_is_gone_on_from(whole: Path, tmp_path: Path) -> None:
-    process = start(tmp_path)
+    process = Started(main, command(tmp_path))
     while len(contents(tmp_path)) < 3:
         assert process.poll() is None
         time.sleep(0.01)
     process.kill()
-    process.wait()
+    process.communicate(SECONDS)
     before = contents(tmp_path)
     assert len(before) < RUNS
     main(command(tmp_path))
@@ -175,8 +162,8 @@ def test_a_killed_process_is_gone_on_from(whole: Path, tmp_path: Path) -> None:
 
 
 def test_two_processes_share_the_work(whole: Path, tmp_path: Path) -> None:
-    processes = [start(tmp_path) for _ in range(2)]
-    told = [process.communicate()[0].splitlines()[:-1] for process in processes]
+    processes = [Started(main, command(tmp_path)) for _ in range(2)]
+    told = [process.communicate(SECONDS)[0].splitlines()[:-1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
     assert all(told), "each has done some"
     assert sum(map(len, told)) == RUNS, "and none twice"

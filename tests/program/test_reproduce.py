@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from command import rows, start, tekfac, workplace
+from command import fork, rows, tekfac, workplace
 from tekfac import networks
 from tekfac.cli import progress
 from tekfac.cli import reproduce as command
@@ -277,12 +277,12 @@ def test_killed_and_shared_commands_end_with_the_table_of_an_undisturbed_one() -
     reproduce(*command[:-1], "whole")
     chance = random.Random(0)
     for pattern in ("**/trials/*/metrics.csv", "**/seed*/config.json"):
-        killed = start("reproduce", *command)
+        killed = fork("reproduce", *command)
         wait_for(pattern)
         time.sleep(chance.uniform(0, 0.2))
         killed.send_signal(signal.SIGKILL)
         killed.communicate(timeout=60)
-    pair = [start("reproduce", *command) for _ in range(2)]
+    pair = [fork("reproduce", *command) for _ in range(2)]
     outputs = [process.communicate(timeout=120) for process in pair]
     assert [process.returncode for process in pair] == [0, 0], outputs
     assert shown(Path("r/table3.md")) == shown(Path("whole/table3.md"))

@@ -22,7 +22,7 @@ import torch
 from optuna.trial import TrialState
 from torch import nn
 
-from command import rows, start, tekfac, workplace
+from command import fork, rows, tekfac, workplace
 from tekfac.cli.configuration import arguments
 from tekfac.data import Dataset, load
 from tekfac.errors import InputError
@@ -309,17 +309,17 @@ def wait_for_trials(count: int) -> None:
 def test_killed_processes_and_several_at_once_try_each_point_once() -> None:
     rates = [f"0.{number}" for number in range(11, 24) if number != 20]
     options = ["--grid", f"lr={','.join(rates)}", "--epochs", "12", "--no-prune"]
-    killed = start(*SEARCH, *options)
+    killed = fork(*SEARCH, *options)
     wait_for_trials(2)
     killed.kill()
     killed.communicate(timeout=60)
-    interrupted = start(*SEARCH, *options)
+    interrupted = fork(*SEARCH, *options)
     wait_for_trials(4)
     interrupted.send_signal(signal.SIGINT)
     assert "the same command continues where it stopped" in interrupted.communicate(timeout=60)[1]
     assert interrupted.returncode == 130
 
-    pair = [start(*SEARCH, *options) for _ in range(2)]
+    pair = [fork(*SEARCH, *options) for _ in range(2)]
     outputs = [process.communicate(timeout=120) for process in pair]
     assert [process.returncode for process in pair] == [0, 0], outputs
     assert any("tekfac train" in output for output, _ in outputs)
@@ -594,7 +594,7 @@ def test_two_machines_on_one_storage_try_each_point_once(kind: str) -> None:
         url = f"grpc://localhost:{port}"
         server = subprocess.Popen([sys.executable, "-c", GRPC_SERVER, str(port)])
     try:
-        pair = [start(*SEARCH[:-1], out, *options, "--storage", url) for out in ("here", "there")]
+        pair = [fork(*SEARCH[:-1], out, *options, "--storage", url) for out in ("here", "there")]
         outputs = [process.communicate(timeout=240) for process in pair]
     finally:
         if server is not None:
