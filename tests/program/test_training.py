@@ -254,10 +254,20 @@ def test_machine_without_float16(monkeypatch: pytest.MonkeyPatch) -> None:
         configure(precision="fp16")
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_run_is_near_the_other_and_continues_exactly(
-    tmp_path: Path, data: Dataset
+    tmp_path: Path, data: Dataset, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if backend == "inductor" and shutil.which("g++") is None:
+        pytest.skip("it needs a C++ compiler")
+    original, calls = torch.compile, []
+
+    def compiled(module: nn.Module, dynamic: bool) -> Any:
+        calls.append(module)
+        return original(module, dynamic=dynamic, backend=backend)
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    torch._dynamo.reset()
     config = configure(compile=True)
     run(tmp_path / "whole", config, data)
     with pytest.raises(KeyboardInterrupt):
@@ -265,9 +275,10 @@ def test_compiled_run_is_near_the_other_and_continues_exactly(
     torch._dynamo.reset()  # as a new process
     resume(tmp_path / "parts", data)
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert len(calls) == 3
     run(tmp_path / "plain", configure(), data)
-    compiled, plain = (numbers(tmp_path / name)[0] for name in ("whole", "plain"))
-    assert float(compiled["train_loss"]) == pytest.approx(float(plain["train_loss"]), rel=0.2)
+    found, plain = (numbers(tmp_path / name)[0] for name in ("whole", "plain"))
+    assert float(found["train_loss"]) == pytest.approx(float(plain["train_loss"]), rel=0.2)
     assert checkpoint(tmp_path / "whole")["network"].keys() == (
         checkpoint(tmp_path / "plain")["network"].keys()
     )
