@@ -23,8 +23,8 @@ import torch.distributed as dist
 
 SECONDS = 60.0
 
-# What each would import by itself; torch does the last two when an optimizer is made, and DDP.
-# The program and what reads the digits may be missing.
+# What each would import by itself, some of it when it makes its first optimizer. The program, and
+# what reads the digits, may be missing.
 PRELOADED = ["torch", "torch.distributed", "tekfac", "torch._dynamo", "torch.distributed.fsdp"]
 PRELOADED += ["tekfac.cli.app", "tekfac.runs.training", "sklearn.datasets"]
 
@@ -59,9 +59,6 @@ class Started:
     @property
     def returncode(self) -> int | None:
         return self._process.exitcode
-
-    def poll(self) -> int | None:
-        return self.returncode
 
     def send_signal(self, number: int) -> None:
         assert self._process.pid is not None

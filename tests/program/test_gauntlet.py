@@ -149,7 +149,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_killed_process_is_gone_on_from(whole: Path, tmp_path: Path) -> None:
     process = Started(main, command(tmp_path))
     while len(contents(tmp_path)) < 3:
-        assert process.poll() is None
+        assert process.returncode is None
         time.sleep(0.01)
     process.kill()
     process.communicate(SECONDS)
