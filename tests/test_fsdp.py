@@ -21,8 +21,6 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import distribute_tensor
-from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.utils.checkpoint import checkpoint as recomputed
 
 import tekfac
@@ -519,23 +517,12 @@ def test_groups_that_are_given() -> None:
         assert "but fully_shard divides the model's parameters among [0, 1]" in told[4]
 
 
-def refused(way: str) -> None:
-    mesh = mesh_of(1)
+def refused() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
-    if way == "distribute_tensor":
-        model[0].weight = nn.Parameter(distribute_tensor(model[0].weight.detach(), mesh))
-    elif way == "in part":
-        fully_shard(model[1], mesh=mesh)
-    else:
-        parallelize_module(model[0], mesh, ColwiseParallel())
+    fully_shard(model[1], mesh=mesh_of(1))
     tekfac.TEKFAC(model)
 
 
-@pytest.mark.parametrize("way", ["distribute_tensor", "tensor parallel", "in part"])
-def test_what_is_refused(way: str) -> None:
-    for result in outcomes(2, refused, way, seconds=SECONDS):
-        words = (
-            "whole on every rank" if way == "in part" else "is a DTensor that fully_shard has not"
-        )
-        assert "NotImplementedError: parameter '0.weight' is" in str(result)
-        assert words in str(result)
+def test_what_is_refused() -> None:
+    for result in outcomes(2, refused, seconds=SECONDS):
+        assert "NotImplementedError: parameter '0.weight' is whole on every rank" in str(result)

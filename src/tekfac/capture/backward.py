@@ -23,6 +23,7 @@ from tekfac.capture.examples import Examples, Order, projected
 from tekfac.capture.fisher import ExactFisher, Fisher
 from tekfac.capture.graph import (
     Found,
+    Root,
     Use,
     go_through,
     measuring,
@@ -35,7 +36,10 @@ from tekfac.capture.likelihoods import Likelihood
 from tekfac.capture.observer import Observer, cleared
 from tekfac.capture.passes import Overheard, Pass
 from tekfac.layers import Assignment, ConvLayer, LinearLayer, as_used
+from tekfac.numerics import undivided
 from tekfac.ranks.fully_sharded import Leaves, sharded_parts, whole
+from tekfac.ranks.group import check_same
+from tekfac.ranks.ranks import Ranks
 
 
 class Measuring:
@@ -50,6 +54,7 @@ class Measuring:
         batch_dim: the dimension that counts examples; None to find out.
         chosen: whether a function of the user's finds the outputs.
         called: whether it is known already that the model itself is called.
+        lane: the ranks that see the same batches.
     """
 
     def __init__(
@@ -62,10 +67,11 @@ class Measuring:
         batch_dim: int | None,
         chosen: bool,
         called: bool,
+        lane: Ranks,
     ) -> None:
         self.owner, self.candidates = assignment.owner, assignment.candidates
         self.blocks, self.fisher, self.mean_over = blocks, fisher, mean_over
-        self.called = called
+        self.called, self._lane = called, lane
         self.passes = 0
         self.reentrant = self.compiled = False
         self.reached_layers: set[str] = set()
@@ -157,7 +163,10 @@ class Measuring:
         self.passes += 1
         self.reached_layers.update(use.name for use in uses)
         # Of a batch that is empty or not finite there is nothing to be learnt.
-        seen = here.outputs[number] if gradient is None else gradient
+        output = here.outputs[number]
+        gradient = None if gradient is None else undivided(gradient)
+        seen = output if gradient is None else gradient
+        check_same(self._lane, output)
         if not seen.numel():
             return
         if not verdict.waits(seen.device) and not bool(seen.isfinite().all()):
@@ -171,7 +180,7 @@ class Measuring:
             if len(here.outputs) > 1 or not self.called:
                 self._behind.update(map(_identity, found.nodes))
             self._settle(found, uses)
-            self._measure(here, number, root, gradient, uses)
+            self._measure(here, number, Root(root, here.meshes[number]), gradient, uses)
 
     def _is_part(self, here: Pass, number: int) -> bool:
         """Whether what the backward pass has reached is no output, but what one was made of."""
@@ -222,13 +231,11 @@ class Measuring:
         self,
         here: Pass,
         number: int,
-        root: GradientEdge,
+        root: Root,
         gradient: Tensor | None,
         uses: list[Use],
     ) -> None:
         output = here.outputs[number]
-        made: Any = root.node
-        dtype = made._input_metadata[root.output_nr].dtype
         likelihood = self._fit(here, number, gradient)
 
         def projections(cotangent: Tensor, some: Sequence[Use]) -> list[Tensor | None]:
@@ -237,7 +244,7 @@ class Measuring:
             def received(use: Use, g: Tensor) -> None:
                 rows[use] = projected(use.reading.output_rows(g.detach()))
 
-            go_through(root, cotangent.to(dtype), some, received)
+            go_through(root, cotangent, some, received)
             return [rows.get(use) for use in some]
 
         class_dim = getattr(likelihood, "dim", None)
@@ -266,16 +273,17 @@ class Measuring:
             if self.blocks[use.name].listening:
                 wanted[use] = Expected(use.reading, order)
         if used is not None and isinstance(self.fisher, ExactFisher):
-            self._reach(root, grouping.restore(used.to(dtype).expand_as(output)), wanted)
-        read_inputs(wanted)
+            self._reach(root, grouping.restore(used.to(output).expand_as(output)), wanted)
+        mine = {use: each for use, each in wanted.items() if self.blocks[use.name].observed}
+        read_inputs(wanted, mine)
         read_scales(wanted)
-        for use in wanted:
+        for use in mine:
             x = use.reading.input
             if x is not None and not use.reading.product.lookup and not use.reading.swapped:
                 use.reading.layer.check_input(x.mT if use.reading.product.left else x)
         mask = None if used is None else used.flatten(1) if used.dim() > 1 else used[:, None]
         delivery = Delivery(len(output), mask, terms, frozenset(here.given))
-        delivery.expect(wanted.values())
+        delivery.expect(mine.values())
         here.given |= {use.name for use in wanted}
         if self.fisher is None:
             self._waiting.append(delivery)
@@ -284,10 +292,10 @@ class Measuring:
         assert likelihood is not None
         for draw, cotangent in enumerate(self.fisher.cotangents(likelihood, output)):
             delivery.first = draw == 0
-            delivery.expect(wanted.values())
+            delivery.expect(mine.values())
             if used is not None:
                 cotangent = cotangent * used
-            cotangent = grouping.restore(cotangent * scale).to(dtype)
+            cotangent = grouping.restore(cotangent * scale)
             with own_pass():
                 go_through(
                     root,
@@ -298,7 +306,7 @@ class Measuring:
             for name in list(delivery.calls):
                 self._give(delivery, name)
 
-    def _reach(self, root: GradientEdge, cotangent: Tensor, wanted: Mapping[Use, Expected]) -> None:
+    def _reach(self, root: Root, cotangent: Tensor, wanted: Mapping[Use, Expected]) -> None:
         """Note which rows any term looks at, where a draw has only some of the terms."""
         generator = torch.Generator().manual_seed(0)
         weights = torch.randn(cotangent.shape, generator=generator)
@@ -334,26 +342,29 @@ class Measuring:
         self,
         delivery: Delivery,
         wanted: Mapping[Use, Expected],
-        root: GradientEdge,
+        root: Root,
         gradient: Tensor | None,
     ) -> None:
         """Have the user's own backward pass give what it brings (empirical Fisher)."""
         here = torch._C._current_autograd_node()
         for use, product in wanted.items():
-            if use.node is root.node is here and gradient is not None:
+            if use.node is root.edge.node is here and gradient is not None:
                 self._received(delivery, product, gradient)
             else:
                 use.node.register_prehook(Overheard(self, delivery, product))
 
     def overheard(self, delivery: Delivery, product: Expected, gradient: Tensor) -> None:
         """The user's backward pass has reached a product (empirical Fisher)."""
-        if not measuring() and delivery in self._waiting and product.reading.name in delivery.calls:
-            with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
+        if measuring():
+            return
+        with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
+            gradient = undivided(gradient.detach())  # by all ranks, whoever waits for it
+            if delivery in self._waiting:
                 self._received(delivery, product, gradient)
 
     def _received(self, delivery: Delivery, product: Expected, gradient: Tensor) -> None:
         """A product's output gradient is there: hand it on if those of all its layer's are."""
-        if delivery.received(product, gradient):
+        if product.reading.name in delivery.calls and delivery.received(product, gradient):
             self._give(delivery, product.reading.name)
 
     def _give(self, delivery: Delivery, name: str) -> None:

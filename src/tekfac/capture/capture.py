@@ -34,7 +34,10 @@ from tekfac.capture.outputs import find_outputs, tensors_of
 from tekfac.capture.passes import Pass, Reached, ReachedBehind, parts_of
 from tekfac.checks import first_few
 from tekfac.layers import Assignment
+from tekfac.numerics import undivided
 from tekfac.ranks.group import parallel_parts, running_parts
+from tekfac.ranks.layout import mesh_of
+from tekfac.ranks.ranks import Ranks
 
 # Steps that were to measure a layer and did not see it, before that is said.
 PATIENCE = 3
@@ -61,6 +64,7 @@ class Capture(Measuring):
         batch_dim: the dimension that counts examples in layers' inputs and in the output, where
             they have more than one before the last; None to find out.
         called: whether it is known already that the model itself is called.
+        lane: the ranks that see the same batches.
 
     Attributes:
         passes: backward passes measured so far.
@@ -89,9 +93,12 @@ class Capture(Measuring):
         mean_over: str = "terms",
         batch_dim: int | None = None,
         called: bool = False,
+        lane: Ranks | None = None,
     ) -> None:
         chosen = outputs is not find_outputs
-        super().__init__(model, assignment, blocks, fisher, mean_over, batch_dim, chosen, called)
+        super().__init__(
+            model, assignment, blocks, fisher, mean_over, batch_dim, chosen, called, lane or Ranks()
+        )
         self.likelihoods, self.outputs = likelihoods, outputs
         self.parallel = self.uneven = False
         self.problem: ValueError | None = None
@@ -318,7 +325,8 @@ class Capture(Measuring):
     def _add(here: Pass, name: str, values: Tensor, likelihood: Likelihood) -> int:
         """Note an output; its number."""
         here.places.append((name, sum(name == other for other, _ in here.places)))
-        here.outputs.append(values)
+        here.outputs.append(undivided(values))
+        here.meshes.append(mesh_of(values))
         here.likelihoods.append(likelihood)
         return len(here.outputs) - 1
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,11 @@ from torch.utils.hooks import RemovableHandle
 from tekfac.capture.reading import Reading
 from tekfac.layers import Layer, StackLayer, View, product_of
 from tekfac.layers.uses import ACCUMULATE, RESHAPES, SPLITS, multiplies, nested
+from tekfac.numerics import undivided
+from tekfac.ranks.layout import on_mesh
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 # Backward passes of our own, now running in this process: hooks that they reach, of any optimizer,
 # are not to take them for the user's. Not thread-local: autograd runs hooks in its own threads.
@@ -258,17 +263,22 @@ def _uses(
         yield Use(reading, node, lead), bias
 
 
-def read_inputs(uses: Collection[Use]) -> None:
+def read_inputs(uses: Collection[Use], kept: Collection[Use]) -> None:
     """Read what the graph has saved of each product.
 
     In a backward pass of its own: activation checkpointing gives what it recomputes only once in
     each, and the user's, and ours with the labels, want it too.
+
+    Args:
+        uses: the products.
+        kept: those whose input is wanted here. Where ranks have parts of it, all have to read.
     """
 
     def read(gradient: Tensor) -> None:
         for use in uses:
             if use.reading.view is not None:
-                use.reading.input = use.reading.read(use.node)
+                x = use.reading.read(use.node)
+                use.reading.input = x if use in kept else None
                 use.reading.members = use.reading.read_members(use.node, use.rows)
 
     with own_pass(), torch.enable_grad():
@@ -311,8 +321,26 @@ def read_scales(uses: Collection[Use]) -> None:
             use.reading.scale = scales[use.reading.view.parameter]
 
 
+@dataclass(frozen=True)
+class Root:
+    """Where our own backward passes begin.
+
+    Args:
+        edge: the place in the graph.
+        mesh: that which the tensor made there is divided among; None if it is not.
+    """
+
+    edge: GradientEdge
+    mesh: DeviceMesh | None
+
+    def fitting(self, cotangent: Tensor) -> Tensor:
+        """A cotangent as autograd takes it here."""
+        node: Any = self.edge.node
+        return on_mesh(cotangent.to(node._input_metadata[self.edge.output_nr].dtype), self.mesh)
+
+
 def go_through(
-    root: GradientEdge,
+    root: Root,
     cotangent: Tensor,
     uses: Collection[Use],
     received: Callable[[Use, Tensor], None],
@@ -321,24 +349,25 @@ def go_through(
 
     Args:
         root: where it begins.
-        cotangent: with what.
+        cotangent: with what, whole.
         uses: products whose output gradients are wanted.
-        received: gets each of them as soon as it is there.
+        received: gets each of them, whole, as soon as it is there.
     """
+    start, cotangent = root.edge, root.fitting(cotangent)
     handles: list[RemovableHandle] = []
-    last = _last(root.node, {use.node for use in uses})
-    at_root = [use for use in uses if use.node is root.node]
-    ends = [use for use in uses if use.node in last and use.node is not root.node]
+    last = _last(start.node, {use.node for use in uses})
+    at_root = [use for use in uses if use.node is start.node]
+    ends = [use for use in uses if use.node in last and use.node is not start.node]
     try:
         for use in uses:
-            if use.node not in last and use.node is not root.node:
+            if use.node not in last and use.node is not start.node:
                 handles.append(use.node.register_prehook(_Passed(use, received)))
         for use in at_root:
-            received(use, cotangent)
+            received(use, undivided(cotangent))
         edges = [GradientEdge(use.node, 0) for use in ends]
-        for use, gradient in zip(ends, _gradients(root, edges, cotangent), strict=True):
+        for use, gradient in zip(ends, _gradients(start, edges, cotangent), strict=True):
             if gradient is not None:
-                received(use, gradient)
+                received(use, undivided(gradient))
     finally:
         for handle in handles:
             handle.remove()
@@ -353,7 +382,7 @@ class _Passed:
 
     def __call__(self, gradients: tuple[Tensor | None, ...]) -> None:
         if gradients[0] is not None:
-            self.received(self.use, gradients[0])
+            self.received(self.use, undivided(gradients[0]))
 
 
 def _last(root: Node, wanted: set[Node]) -> set[Node]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tekfac.layers import Layer, Sample
 from tekfac.ranks.fully_sharded import Leaves
+from tekfac.ranks.layout import mesh_of
 
 
 class Observer(Protocol):
@@ -18,6 +19,9 @@ class Observer(Protocol):
     @property
     def layer(self) -> Layer:
         """The layer."""
+
+    observed: bool
+    """Whether samples are taken here, and not by another rank that sees the same batches."""
 
     @property
     def listening(self) -> bool:
@@ -47,7 +51,7 @@ def cleared(layers: Sequence[Sequence[nn.Parameter]], leaves: Leaves) -> list[bo
     Of a divided parameter that is told by whether there is one: where a rank's part of it is zero,
     another's need not be.
     """
-    if leaves.parameters:
+    if leaves.parameters or any(mesh_of(p) is not None for each in layers for p in each):
         return [all(p.grad is None and p not in leaves.waiting for p in each) for each in layers]
     left: dict[int, Tensor] = {}
     for number, parameters in enumerate(layers):

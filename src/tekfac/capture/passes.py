@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from tekfac.capture.delivery import Delivery, Expected
 from tekfac.capture.likelihoods import Likelihood
 from tekfac.capture.observer import Observer
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
 
 @dataclass(eq=False)
 class Pass:
@@ -24,6 +27,7 @@ class Pass:
         places: where outputs came from: the name of the module ("" for the model), and which of
             those that it returned.
         outputs: the tensors that likelihoods are about, without their graph.
+        meshes: those that they are divided among, None of whole ones.
         likelihoods: theirs.
         done: which of them a backward pass has reached.
         given: layers that have had a sample of this pass.
@@ -32,6 +36,7 @@ class Pass:
 
     places: list[tuple[str, int]] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
+    meshes: list[DeviceMesh | None] = field(default_factory=list)
     likelihoods: list[Likelihood] = field(default_factory=list)
     done: set[int] = field(default_factory=set)
     given: set[str] = field(default_factory=set)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tekfac.layers import Layer, LinearLayer, Product, View
 from tekfac.layers.uses import EACH
+from tekfac.numerics import undivided
 
 
 @dataclass(eq=False)
@@ -73,7 +74,7 @@ class Reading:
         saved = self.product.input(node)
         if saved is None:
             return None
-        x = saved.detach()
+        x = undivided(saved.detach())
         if x.layout != torch.strided:  # a sparse matrix of inputs
             x = x.to_dense()
         if self.view is None or self.view.rows is None or self._cuts_outputs or self.product.lookup:

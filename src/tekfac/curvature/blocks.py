@@ -68,6 +68,8 @@ class Block(Approximation):
         self.due = Due()
         self.positions = self._positions = 1
         """Rows that an example has in this layer, as seen when a basis was last due."""
+        self.observed = True
+        """Whether samples are taken here, and not by another rank that sees the same batches."""
         self.pending = False
         self._units: Tensor | float = 0
         self._terms: Tensor | float = 0.0

@@ -6,19 +6,16 @@ Alone, one process holds all of them and does everything itself, by the same cal
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from tekfac.curvature.blocks import STORED, Block, is_whole
 from tekfac.ranks.group import check_alike, digest
+from tekfac.ranks.layout import Layout
 from tekfac.ranks.placement import divided, holders, members, unit_size
 from tekfac.ranks.ranks import Ranks
 from tekfac.ranks.shards import Divided, Undivided
-
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
 
 Blocks = Mapping[str, Block]
 
@@ -32,17 +29,23 @@ class Household:
     Args:
         ranks: those that train it together.
         placement: as of `NaturalGradient`.
-        mesh: that which the parameters are divided among; None if every rank has them whole.
+        layout: how the parameters are divided among ranks; None if every rank has them whole.
 
     Attributes:
         ranks: those.
+        lane: those of them that see this rank's batches.
         unit: those of them that hold the state together.
         homes: which member of a unit holds a block, by the block's name.
     """
 
-    def __init__(self, ranks: Ranks, placement: str | float, mesh: DeviceMesh | None) -> None:
+    def __init__(self, ranks: Ranks, placement: str | float, layout: Layout | None) -> None:
         self.ranks, self.placement = ranks, placement
-        self.shards = Undivided() if mesh is None else Divided(mesh, ranks)
+        self.shards, self.lane = Undivided(), Ranks()
+        if layout is not None:
+            grid = layout.grid(ranks)
+            self.shards = Divided(grid, ranks)
+            ranks.batch, ranks.batches = grid.batch(ranks.number)
+            self.lane = ranks.part(grid.lane(ranks.number))
         self.unit = self._copies = Ranks()
         self.homes: dict[str, int] = {}
         self._alike = False
@@ -70,6 +73,11 @@ class Household:
         self.homes |= zip(new, homes, strict=True)
         for name in new:
             blocks[name].hold(self.homes[name] == unit.number)
+        # Of ranks that see the same, each takes the statistics of some layers.
+        count = self.lane.count
+        takers = divided([*sizes.values()], [range(count)] * len(sizes), [0] * count)
+        for name, taker in zip(sizes, takers, strict=True):
+            blocks[name].observed = taker == self.lane.number
 
     # -- agreement ---------------------------------------------------------------------------------
 

@@ -225,6 +225,7 @@ class ModelOptimizer(torch.optim.Optimizer):
             self.mean_over,
             self.batch_dim,
             self._called,
+            self._household.lane,
         )
         # With the optimizer's end, not the capture's: the graph of a loss that is kept holds that.
         weakref.finalize(self, self._capture.close)

@@ -39,8 +39,8 @@ from tekfac.optimizer.update import (
 )
 from tekfac.ranks.fully_sharded import plain_parameters
 from tekfac.ranks.group import facts_of, ranks_for
+from tekfac.ranks.layout import layout_of
 from tekfac.ranks.placement import check_placement
-from tekfac.ranks.shards import mesh_of
 from tekfac.ranks.uneven import Uneven, check_joined, joinable_part
 from tekfac.verdict import YES, Verdict
 
@@ -242,9 +242,9 @@ class NaturalGradient(ModelOptimizer):
 
         self.model = model
         self.placement = placement
-        mesh = mesh_of(model)
-        self._ranks = ranks_for(model, mesh, process_group, communication)
-        self._household = Household(self._ranks, placement, mesh)
+        layout = layout_of(model)
+        self._ranks = ranks_for(model, layout, process_group, communication)
+        self._household = Household(self._ranks, placement, layout)
         self.factor_every, self.basis_every = factor_every, basis_every
         self.interval_warmup = interval_warmup
         self.factor_decay, self.kl_clip = factor_decay, kl_clip
@@ -367,6 +367,7 @@ class NaturalGradient(ModelOptimizer):
             return loss
         check_closure(self.param_groups, closure)
         self._household.check_alike(self._facts)
+        self._household.shards.settle(p for group in self.param_groups for p in group["params"])
         capture.flush()
         for block in self._blocks.values():
             if block.pending and all(p.grad is None for p in block.layer.parameters):

@@ -67,7 +67,7 @@ class Intervals:
             factors=is_due(step, self.factors.every, self._divisor),
             scale=False,
             basis=False,
-            factor_rows=None if rows is None else rows / ranks.count,
+            factor_rows=None if rows is None else rows / ranks.batches,
         )
         if self.scale is None:
             return due

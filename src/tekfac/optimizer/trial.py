@@ -129,7 +129,7 @@ class Trial:
         self._before.clear()
         linear = [
             (local([p.grad])[0].to(torch.promote_types(p.dtype, torch.float32)) * step).sum()
-            * household.shards.parts
+            * household.shards.count(p)
             for p, step in steps.items()
             if p.grad is not None
         ]

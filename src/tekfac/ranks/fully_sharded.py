@@ -49,9 +49,13 @@ def sharded_parts(model: nn.Module) -> list[Any]:
     return [] if kind is None else [part for part in model.modules() if isinstance(part, kind)]
 
 
-def sharded_parameters(parts: Sequence[Any]) -> set[nn.Parameter]:
-    """What the optimizer has for the parameters that are divided."""
-    return {each.sharded_param for group in _groups(parts) for each in group.fsdp_params}
+def meshes_of(parts: Sequence[Any]) -> dict[nn.Parameter, Any]:
+    """What the optimizer has for the parameters that are divided, and among which mesh each is."""
+    return {
+        each.sharded_param: each.mesh_info.mesh
+        for group in _groups(parts)
+        for each in group.fsdp_params
+    }
 
 
 def plain_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

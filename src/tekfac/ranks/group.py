@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -11,10 +13,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from tekfac.ranks.layout import Layout
 from tekfac.ranks.ranks import Group, Ranks
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+
+# Of an angle, the part that is put down to rounding.
+ROUNDING = 1e-3
 
 # What sums may be sent as: types with the range of float32.
 WIRES = (torch.bfloat16, torch.float32, torch.float64)
@@ -22,7 +28,7 @@ WIRES = (torch.bfloat16, torch.float32, torch.float64)
 
 def ranks_for(
     model: nn.Module,
-    mesh: DeviceMesh | None,
+    layout: Layout | None,
     given: dist.ProcessGroup | DeviceMesh | None,
     wire: torch.dtype | None,
 ) -> Ranks:
@@ -30,9 +36,9 @@ def ranks_for(
 
     Args:
         model: the model; a `DistributedDataParallel` in it, or around it, knows its group.
-        mesh: that which the model's parameters are divided among; None if they are not.
+        layout: how the model's parameters are divided among ranks; None if they are not.
         given: the group, or a mesh of one dimension; None for that of the
-            `DistributedDataParallel`, or else for all ranks.
+            `DistributedDataParallel` or of `fully_shard`, or else for all ranks.
         wire: type in which sums of matrices are sent; None for their own.
 
     Raises:
@@ -49,8 +55,8 @@ def ranks_for(
             raise ValueError("process_group was given, but torch.distributed is not initialised")
         return Ranks()
     parallel = parallel_parts(model)
-    if mesh is not None:
-        group = _group_of_mesh(mesh, given)
+    if layout is not None and layout.sharded:
+        group = _group_of_mesh(layout, given)
     elif given is None:
         groups = {id(part.process_group): part.process_group for part in parallel}
         if len(groups) > 1:
@@ -66,16 +72,16 @@ def ranks_for(
     if dist.get_world_size(group) == 1:
         return Ranks()
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    return Group(group, device, wire, averaged=bool(parallel) and mesh is None)
+    return Group(group, device, wire, averaged=bool(parallel) and layout is None)
 
 
-def _group_of_mesh(mesh: DeviceMesh, given: Any) -> Any:
+def _group_of_mesh(layout: Layout, given: Any) -> Any:
     """The group of all ranks of the mesh that a model is divided among.
 
     Raises:
         ValueError: if others were given.
     """
-    ranks = sorted(mesh.mesh.flatten().tolist())
+    mesh, ranks = layout.mesh, sorted(layout.members)
     if given is not None:
         several = getattr(given, "ndim", 1) > 1
         theirs = (
@@ -154,6 +160,30 @@ def check_alike(ranks: Ranks, facts: Mapping[str, str]) -> None:
                 f"{other} has {there}"
             )
     raise ValueError("ranks differ in what they train")
+
+
+def check_same(lane: Ranks, output: Tensor) -> None:
+    """Raise on all ranks that are to see the same batches unless their models return the same.
+
+    Raises:
+        RuntimeError: naming what may make a difference.
+    """
+    if lane.count == 1:
+        return
+    values = output.detach().flatten().to(torch.float64)
+    # Compared by the angle to some vector, which rounding changes little.
+    some = torch.arange(1.0, len(values) + 1, dtype=torch.float64, device=values.device).cos()
+    angle = float(values @ some / (values.norm() * some.norm()).clamp_min(1e-300))
+    steps = round(angle / ROUNDING) if math.isfinite(angle) else sys.maxsize
+    longest, shortest, highest, lowest = lane.highest([len(values), -len(values), steps, -steps])
+    if longest != -shortest or highest + lowest > 1:
+        raise RuntimeError(
+            f"ranks {[*lane.world]} have parts of the same parameters by tensor parallelism, and "
+            "their models returned different outputs. They have to see the same batches (a "
+            "sampler's num_replicas and rank are those of the data-parallel mesh), draw the same "
+            "dropout masks, and return whole outputs: the last layer's style takes "
+            "output_layouts=Replicate(), or use_local_output=False"
+        )
 
 
 def _difference(one: str, other: str) -> tuple[str, str]:

@@ -41,10 +41,14 @@ class Ranks:
         number: which of them this is.
         averaged: whether gradients are known to be the same on all ranks.
         world: by their numbers, what torch calls them; empty for one alone.
+        batches: how many of them see a batch of their own; others see the same as one of these.
+        batch: which of these batches this rank sees.
     """
 
     count: int = 1
     number: int = 0
+    batches: int = 1
+    batch: int = 0
     averaged: bool = True
     world: Sequence[int] = ()
 
@@ -54,7 +58,7 @@ class Ranks:
 
     def share(self, amount: int | None) -> int | None:
         """This rank's part of so many things, one at least; None for all of them."""
-        return None if amount is None else -(-amount // self.count)
+        return None if amount is None else -(-amount // self.batches)
 
     def pool(self, blocks: Sequence[Pooled], late: bool) -> None:
         """Add up all ranks' sums of each of these."""
@@ -96,7 +100,7 @@ class Ranks:
         return [text]
 
     def reseed(self, generator: torch.Generator, seed: int, step: int) -> None:
-        """Let a rank draw other numbers than the others do, in each step the same in every run.
+        """Let ranks draw other numbers for other batches, in each step the same in every run.
 
         One process has nobody to differ from.
         """
@@ -117,6 +121,7 @@ class Group(Ranks):
     ) -> None:
         self.group, self.device, self.wire, self.averaged = group, device, wire, averaged
         self.count, self.number = dist.get_world_size(group), dist.get_rank(group)
+        self.batches, self.batch = self.count, self.number
         self.world = dist.get_process_group_ranks(group)
 
     def part(self, numbers: Sequence[int]) -> Ranks:
@@ -232,7 +237,7 @@ class Group(Ranks):
         return [bytes(each.tolist()).rstrip(b"\0").decode() for each in said]
 
     def reseed(self, generator: torch.Generator, seed: int, step: int) -> None:
-        mixed = hashlib.blake2b(f"{seed} {step} {self.number}".encode(), digest_size=7).digest()
+        mixed = hashlib.blake2b(f"{seed} {step} {self.batch}".encode(), digest_size=7).digest()
         generator.manual_seed(int.from_bytes(mixed, "big"))
 
     def __deepcopy__(self, memo: object) -> Group:

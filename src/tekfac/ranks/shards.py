@@ -1,37 +1,33 @@
 """Gradients to where blocks are held, and what is made of them to whoever steps along it.
 
 Where every rank has all of each parameter, the first is done before the optimizer sees a gradient.
-Where ranks have parts of them (`fully_shard`), those of a gradient are gathered at the ranks that
-hold its block, and nowhere else; of the result every rank gets the part that it has of the
-parameter.
+Where ranks have parts of them (`layout`), those of a gradient are gathered at the ranks that hold
+its block, and nowhere else; of the result every rank gets the part that it has of the parameter.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from tekfac.ranks.fully_sharded import sharded_parameters, sharded_parts
+from tekfac.ranks.layout import Grid, divided_kind
 from tekfac.ranks.ranks import Ranks
-
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
 
 Homes = Mapping[Tensor, int]
 
 
 class Undivided:
-    """Parameters that every rank has whole.
+    """Parameters that every rank has whole."""
 
-    Attributes:
-        parts: how many parts there are of each parameter.
-    """
+    def count(self, p: Tensor) -> int:
+        """How many parts there are of a parameter."""
+        return 1
 
-    parts: int = 1
+    def settle(self, parameters: Iterable[Any]) -> None:
+        """Have gradients divided as their parameters are."""
 
     def gather(
         self, values: Mapping[Tensor, Tensor], homes: Homes, ranks: Ranks, unit: Ranks
@@ -62,7 +58,7 @@ class Undivided:
         Raises:
             ValueError: if it is divided in another way than the parameter.
         """
-        kind = _kind()
+        kind = divided_kind()
         if kind is not None and isinstance(value, kind) and not _same_layout(value, p):
             raise ValueError(
                 "this state is divided among ranks in another way than the model: save it with "
@@ -73,41 +69,50 @@ class Undivided:
 
 
 class Divided(Undivided):
-    """Parameters of which every rank has a part, as `fully_shard` divides them.
+    """Parameters of which some ranks have a part each, and some have the same.
 
     Args:
-        mesh: of one dimension, or of two: the ranks of a row have all parts together, and each row
-            has the same.
-        ranks: these ranks, in whatever order.
+        grid: where ranks stand.
+        ranks: these ranks.
     """
 
-    def __init__(self, mesh: DeviceMesh, ranks: Ranks) -> None:
-        self.parts = mesh.size(mesh.ndim - 1)
-        order = mesh.mesh.flatten().tolist()
-        places = {rank: divmod(i, self.parts) for i, rank in enumerate(order)}
-        self._places = [places[rank] for rank in ranks.world] or [(0, 0)]
-        """The row and the part of each rank, by its number."""
+    def __init__(self, grid: Grid, ranks: Ranks) -> None:
+        self._grid, self._own = grid, ranks.number
+
+    def count(self, p: Tensor) -> int:
+        return self._grid.count(p)
+
+    def settle(self, parameters: Iterable[Any]) -> None:
+        kind = divided_kind()
+        for p in parameters:
+            if isinstance(p.grad, kind) and p.grad.placements != p.placements:
+                # Parts of a sum, such as those of a norm that sees a part of each sequence.
+                p.grad = p.grad.redistribute(p.device_mesh, p.placements)
 
     def gather(
         self, values: Mapping[Tensor, Tensor], homes: Homes, ranks: Ranks, unit: Ranks
     ) -> dict[Tensor, Tensor]:
         result: dict[Tensor, Tensor] = {}
-        row = self._places[ranks.number][0]
+        same_copy = self._grid.same_copy
         for some in _alike(homes):
             own = {p: _local(values[p]).flatten() for p in some}
             sent = [
                 _joined(
-                    [own[p] for p in some if homes[p] == number % unit.count and own_row == row],
+                    [
+                        own[p]
+                        for p in some
+                        if homes[p] == number % unit.count and same_copy(p, ranks.number, number)
+                    ],
                     like=own[some[0]],
                 )
-                for number, (own_row, _) in enumerate(self._places)
+                for number in range(ranks.count)
             ]
             held = [p for p in some if homes[p] == unit.number]
             whole = {p: own[p].new_empty(p.shape) for p in held}
-            parts = {p: self._cut(p, each) for p, each in whole.items()}
+            parts = {p: self._grid.parts(p, each) for p, each in whole.items()}
             rooms = [
-                [parts[p][part] for p in held] if own_row == row else []
-                for own_row, part in self._places
+                [parts[p][number] for p in held if same_copy(p, ranks.number, number)]
+                for number in range(ranks.count)
             ]
             sizes = [sum(room.numel() for room in each) for each in rooms]
             for each, got in zip(rooms, ranks.exchange(sent, sizes), strict=True):
@@ -122,10 +127,10 @@ class Divided(Undivided):
         first = ranks.number - unit.number
         for some in _alike(homes):
             held = [p for p in some if homes[p] == unit.number]
-            parts = {p: self._cut(p, found[p]) for p in held}
+            parts = {p: self._grid.parts(p, found[p]) for p in held}
             like = _local(some[0])
             sent = [
-                _joined([parts[p][self._places[first + member][1]].flatten() for p in held], like)
+                _joined([parts[p][first + member].flatten() for p in held], like)
                 for member in range(unit.count)
             ]
             own = {p: torch.empty_like(_local(p)) for p in some}
@@ -137,10 +142,10 @@ class Divided(Undivided):
         return result
 
     def adopt(self, p: Any, value: Tensor) -> Tensor:
-        value, kind = super().adopt(p, value), _kind()
-        if isinstance(value, kind) or value.shape != p.shape:
+        value, kind = super().adopt(p, value), divided_kind()
+        if isinstance(value, kind) or not isinstance(p, kind) or value.shape != p.shape:
             return value
-        own = self._cut(p, value)[p.device_mesh.get_local_rank(p.device_mesh.ndim - 1)]
+        own = self._grid.parts(p, value)[self._own]
         made: Tensor = kind.from_local(
             own.to(p.device).contiguous(),
             p.device_mesh,
@@ -151,16 +156,10 @@ class Divided(Undivided):
         )
         return made
 
-    def _cut(self, p: Any, whole: Tensor) -> list[Tensor]:
-        """Views of the parts that ranks of a row have of it; the last may be empty."""
-        dim = p.placements[-1].dim
-        found = list(whole.chunk(self.parts, dim))
-        return found + [whole.narrow(dim, 0, 0)] * (self.parts - len(found))
-
 
 def local(tensors: Iterable[Tensor]) -> list[Tensor]:
     """Of tensors that ranks have parts of, this rank's; others as they are."""
-    kind = _kind()
+    kind = divided_kind()
     if kind is None:
         return list(tensors)
     return [tensor.to_local() if isinstance(tensor, kind) else tensor for tensor in tensors]
@@ -193,54 +192,3 @@ def _fill(rooms: list[Tensor], got: Tensor) -> None:
     """Put what was sent at once where it belongs."""
     for room, part in zip(rooms, got.split([room.numel() for room in rooms]), strict=True):
         room.copy_(part.view(room.shape))
-
-
-def mesh_of(model: nn.Module) -> DeviceMesh | None:
-    """The mesh of ranks that `fully_shard` divides a model's parameters among; None of none.
-
-    Raises:
-        NotImplementedError: for a model that is divided in another way, or in part.
-    """
-    kind = _kind()
-    if kind is None:
-        return None
-    parts = sharded_parts(model)
-    for part in parts:
-        part.reshard()  # a root's parameters stay whole after a forward pass
-    known = sharded_parameters(parts)
-    meshes = [p.device_mesh for p in known if isinstance(p, kind)]
-    for name, p in model.named_parameters():
-        if isinstance(p, kind):
-            why = _unknown(p, p in known, meshes)
-            if why:
-                raise NotImplementedError(
-                    f"parameter {name!r} is a DTensor {why}: of models whose parameters are "
-                    "divided among ranks, those of fully_shard on one mesh are supported, whose "
-                    "ranks see batches of their own. Use that, or DistributedDataParallel; where "
-                    "memory is short, placement='sharded' divides the curvature state"
-                )
-        elif known and p.requires_grad:
-            raise NotImplementedError(
-                f"parameter {name!r} is whole on every rank, while fully_shard divides others: "
-                "call fully_shard(model) last, which takes all that its parts have not"
-            )
-    return meshes[0] if meshes else None
-
-
-def _unknown(p: Any, known: bool, meshes: Sequence[DeviceMesh]) -> str:
-    """What about a divided parameter is not supported; nothing of most."""
-    kinds = [type(placement).__name__ for placement in p.placements]
-    if not known:
-        return f"that fully_shard has not made ({p.placements}, tensor parallelism perhaps)"
-    if kinds not in (["Shard"], ["Replicate", "Shard"]):
-        return f"with placements {p.placements}, beside fully_shard divided in another way"
-    if p.device_mesh != meshes[0]:
-        return f"on {p.device_mesh}, where others are on {meshes[0]}"
-    if p.device.type != p.device_mesh.device_type:
-        return f"kept on {p.device.type}, not {p.device_mesh.device_type} (CPUOffloadPolicy)"
-    return ""
-
-
-def _kind() -> Any:
-    """The class of divided tensors; None where it has not been loaded, so that there are none."""
-    return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)

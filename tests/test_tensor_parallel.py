@@ -1,0 +1,362 @@
+"""Models whose layers several ranks multiply together, against one process that does alone."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    SequenceParallel,
+    loss_parallel,
+    parallelize_module,
+)
+from torch.utils.checkpoint import checkpoint as recomputed
+
+import tekfac
+from processes import outcomes, together
+from ranked import TOLERANCE, close, cross_entropy, options_of, parameters, shards
+from tekfac.ranks.ranks import Group, Ranks
+
+SECONDS = 120.0
+STEPS = 10
+TOKENS, CLASSES = 13, 5
+
+
+class Network(nn.Module):
+    """Tokens, a block with a residual connection, a norm, a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(TOKENS, 6)
+        self.up, self.down = nn.Linear(6, 8), nn.Linear(8, 6)
+        self.norm = nn.LayerNorm(6)
+        self.head = nn.Linear(6, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.table(x)
+        return self.head(self.norm(h + self.down(self.up(h).tanh())))
+
+
+# Layers alone; all that there is, with parts of sequences between layers.
+PLANS: dict[str, dict[str, Any]] = {
+    "block": {"up": ColwiseParallel(), "down": RowwiseParallel()},
+    "all": {
+        "table": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
+        "up": ColwiseParallel(input_layouts=Shard(1)),
+        "down": RowwiseParallel(output_layouts=Shard(1)),
+        "norm": SequenceParallel(),
+        "head": ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate()),
+    },
+}
+
+
+def network() -> nn.Module:
+    torch.manual_seed(2)
+    return Network().double()
+
+
+def batches(examples: int, steps: int = STEPS) -> list[tuple[Tensor, Tensor]]:
+    torch.manual_seed(1)
+    return [
+        (torch.randint(TOKENS, (examples, 4)), torch.randint(CLASSES, (examples, 4)))
+        for _ in range(steps)
+    ]
+
+
+def loss_of(output: Tensor, y: Tensor) -> Tensor:
+    return cross_entropy(output.flatten(0, 1), y.flatten())
+
+
+def alone(method: str, examples: int, steps: int = STEPS, **options: Any) -> dict[str, Tensor]:
+    model = network()
+    optimizer = getattr(tekfac, method)(model, **options_of(method, **options))
+    for x, y in batches(examples, steps):
+        optimizer.zero_grad()
+        loss_of(model(x), y).backward()
+        optimizer.step()
+    return parameters(model)
+
+
+def mesh_of(rows: int) -> DeviceMesh:
+    shape = (rows, dist.get_world_size() // rows)
+    return init_device_mesh("cpu", shape, mesh_dim_names=("data", "tensor"))
+
+
+def whole(model: nn.Module) -> dict[str, Tensor]:
+    if hasattr(model, "reshard"):
+        model.reshard()
+    return {
+        name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
+        for name, p in model.named_parameters()
+    }
+
+
+def averaged(model: nn.Module, mesh: DeviceMesh) -> None:
+    """What a loop does where copies of such a model see batches of their own."""
+    for p in model.parameters():
+        if isinstance(p.grad, DTensor):
+            p.grad = p.grad.redistribute(p.device_mesh, p.placements)
+            dist.all_reduce(p.grad.to_local(), dist.ReduceOp.AVG, mesh.get_group("data"))
+        else:
+            dist.all_reduce(p.grad, dist.ReduceOp.AVG, mesh.get_group("data"))
+
+
+def on_ranks(
+    method: str, plan: str, rows: int, sharded: bool, options: dict[str, Any]
+) -> dict[str, Tensor]:
+    mesh = mesh_of(rows)
+    model = parallelize_module(network(), mesh["tensor"], PLANS[plan])
+    if sharded:
+        for part in model.children():
+            fully_shard(part, mesh=mesh["data"])
+        fully_shard(model, mesh=mesh["data"])
+    optimizer = getattr(tekfac, method)(model, **options_of(method, **options))
+    row = mesh.get_local_rank("data")
+    for x, y in shards(batches(6 * rows), [6] * rows)[row]:
+        optimizer.zero_grad()
+        loss_of(model(x), y).backward()
+        if rows > 1 and not sharded:
+            averaged(model, mesh)
+        optimizer.step()
+    assert not any(block.empty for block in optimizer.blocks.values())
+    return whole(model)
+
+
+def check(
+    ranks: int, method: str, plan: str, rows: int = 1, sharded: bool = False, **options: Any
+) -> None:
+    placement = options.pop("placement", "auto")
+    expected = alone(method, 6 * rows, **options)
+    options["placement"] = placement
+    results = together(ranks, on_ranks, method, plan, rows, sharded, options, seconds=SECONDS)
+    for found in results:
+        close(found, expected, TOLERANCE)
+        assert all(torch.equal(value, results[0][name]) for name, value in found.items())
+
+
+@pytest.mark.parametrize(
+    ("method", "fisher", "plan"),
+    [
+        ("KFAC", "exact", "block"),
+        ("EKFAC", "empirical", "all"),
+        ("TKFAC", "empirical", "block"),
+        ("TEKFAC", "exact", "all"),
+        *(
+            pytest.param(method, fisher, plan, marks=pytest.mark.slow)
+            for method, fisher, plan in (
+                ("KFAC", "empirical", "all"),
+                ("EKFAC", "exact", "block"),
+                ("TKFAC", "exact", "all"),
+                ("TEKFAC", "empirical", "block"),
+            )
+        ),
+    ],
+)
+def test_as_one_process(method: str, fisher: str, plan: str) -> None:
+    check(2, method, plan, fisher=fisher, placement="sharded" if plan == "all" else "auto")
+
+
+@pytest.mark.parametrize(
+    ("method", "fisher", "plan", "sharded"),
+    [
+        ("KFAC", "empirical", "block", False),
+        ("TEKFAC", "exact", "all", True),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("KFAC", "exact", "all", True),
+                ("EKFAC", "exact", "all", False),
+                ("EKFAC", "empirical", "block", True),
+                ("TKFAC", "exact", "block", False),
+                ("TKFAC", "empirical", "all", True),
+                ("TEKFAC", "empirical", "all", False),
+            )
+        ),
+    ],
+)
+def test_with_batches_of_their_own(method: str, fisher: str, plan: str, sharded: bool) -> None:
+    """Two rows of two ranks: each row sees half of the batch, and has copies or parts."""
+    placement = "sharded" if plan == "all" else 0.5
+    check(4, method, plan, 2, sharded, fisher=fisher, placement=placement)
+
+
+# -- what a loop may do ----------------------------------------------------------------------------
+
+
+class Recomputed(nn.Module):
+    """A layer that runs again in the backward pass."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return recomputed(self.inner, x, use_reentrant=False)
+
+
+def with_everything() -> tuple[dict[str, Tensor], list[float]]:
+    """Two batches before a step, clipping, a part recomputed, logits in parts, damping adapted."""
+    model: Any = network()
+    model.up = Recomputed(model.up)
+    logits: Any = nullcontext
+    if dist.is_initialized():
+        plan = PLANS["all"] | {
+            "up.inner": PLANS["all"]["up"],
+            "head": ColwiseParallel(input_layouts=Shard(1), use_local_output=False),
+        }
+        del plan["up"]
+        parallelize_module(model, mesh_of(1)["tensor"], plan)
+        logits = loss_parallel
+    damping = tekfac.AdaptiveDamping(every=2)
+    options = options_of("TEKFAC", damping=damping, weight_decay=0.01, kl_clip=1e-3)
+    optimizer = tekfac.TEKFAC(model, **options)
+    data, ratios = batches(8, 8), []
+    for number in range(0, len(data), 2):
+
+        def closure(parts: Any = data[number : number + 2]) -> float:
+            optimizer.zero_grad()
+            total = 0.0
+            for x, y in parts:
+                with logits():
+                    loss: Any = F.cross_entropy(model(x).flatten(0, 1), y.flatten()) / 2
+                    loss.backward()
+                total += float((loss.full_tensor() if isinstance(loss, DTensor) else loss).detach())
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            return total
+
+        optimizer.step(closure)
+        ratios.append(optimizer.reduction_ratio)
+    return whole(model), [each for each in ratios if each is not None]
+
+
+def test_with_everything() -> None:
+    expected, ratios = with_everything()
+    for found, told in together(2, with_everything, seconds=SECONDS):
+        close(found, expected, TOLERANCE)
+        assert told == pytest.approx(ratios, rel=1e-6)
+
+
+def with_drawn_labels() -> dict[str, Tensor]:
+    model = network()
+    if dist.is_initialized():
+        parallelize_module(model, mesh_of(1)["tensor"], PLANS["block"])
+    optimizer = tekfac.KFAC(model, **options_of("KFAC", fisher="mc"))
+    for x, y in batches(6, 3):
+        optimizer.zero_grad()
+        loss_of(model(x), y).backward()
+        optimizer.step()
+    return whole(model)
+
+
+def test_ranks_that_see_the_same_draw_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Ranks, "reseed", Group.reseed)
+    expected = with_drawn_labels()
+    for found in together(2, with_drawn_labels, seconds=SECONDS):
+        close(found, expected, TOLERANCE)
+
+
+# -- states ----------------------------------------------------------------------------------------
+
+
+def trained(folder: Path, first: bool) -> dict[str, Tensor]:
+    """A half of a training, in which the second goes on from what the first has saved."""
+    model = network()
+    if dist.is_initialized():
+        parallelize_module(model, mesh_of(1)["tensor"], PLANS["all"])
+    optimizer = tekfac.TEKFAC(model, **options_of("TEKFAC", placement="sharded"))
+    full = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    if not first:
+        states = torch.load(folder / "states.pt", weights_only=True)
+        set_model_state_dict(model, states[0], options=full)
+        set_optimizer_state_dict(model, optimizer, states[1], options=full)
+    for x, y in batches(6, 6)[: 3 if first else None][0 if first else 3 :]:
+        optimizer.zero_grad()
+        loss_of(model(x), y).backward()
+        optimizer.step()
+    if first:
+        model_state = get_model_state_dict(model, options=full)
+        states = [model_state, get_optimizer_state_dict(model, optimizer, options=full)]
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            torch.save(states, folder / "states.pt")
+    return whole(model)
+
+
+def test_states_fit_one_process_and_back(tmp_path: Path) -> None:
+    expected = alone("TEKFAC", 6, steps=6)
+    together(2, trained, tmp_path, True, seconds=SECONDS)
+    close(trained(tmp_path, False), expected, TOLERANCE)
+    trained(tmp_path, True)
+    for found in together(2, trained, tmp_path, False, seconds=SECONDS):
+        close(found, expected, TOLERANCE)
+
+
+# -- what is refused -------------------------------------------------------------------------------
+
+
+def different(what: str) -> None:
+    model = network()
+    head = ColwiseParallel(output_layouts=Shard(-1)) if what == "parts" else ColwiseParallel()
+    plan = PLANS["block"] | ({"head": head} if what == "parts" else {})
+    parallelize_module(model, mesh_of(1)["tensor"], plan)
+    optimizer = tekfac.KFAC(model)
+    x, _ = batches(6)[dist.get_rank() if what == "batches" else 0]
+    output = model(x)
+    loss_of(output, torch.zeros(6, 4, dtype=torch.long)).backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("what", ["batches", "parts"])
+def test_ranks_that_return_different_outputs(what: str) -> None:
+    for result in outcomes(2, different, what, seconds=SECONDS):
+        assert "RuntimeError: ranks [0, 1] have parts of the same parameters" in str(result)
+        assert "output_layouts=Replicate()" in str(result)
+
+
+def refused(way: str) -> None:
+    model: nn.Module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    if way == "two dimensions":
+        grid = mesh_of(1)
+        weight = distribute_tensor(model[0].weight.detach(), grid, [Replicate(), Shard(0)])
+        model[0].weight = nn.Parameter(weight)
+        tekfac.TEKFAC(model)
+    elif way == "some ranks":
+        parallelize_module(model[0], mesh_of(1)["tensor"], ColwiseParallel())
+        tekfac.TEKFAC(model, process_group=dist.new_subgroups(1)[0])
+    else:
+        fully_shard(model[1], mesh=mesh_of(2)["data"])
+        parallelize_module(model[0], mesh_of(2)["tensor"], ColwiseParallel())
+        tekfac.TEKFAC(model)
+
+
+@pytest.mark.parametrize(
+    ("way", "words"),
+    [
+        (
+            "two dimensions",
+            "NotImplementedError: parameter '0.weight' is a DTensor with placements",
+        ),
+        ("some ranks", "process_group takes the group of all ranks that train it together"),
+        ("in part", "fully_shard has not made"),
+    ],
+)
+def test_what_is_refused(way: str, words: str) -> None:
+    for result in outcomes(2, refused, way, seconds=SECONDS):
+        assert words in str(result)
