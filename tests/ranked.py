@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import tekfac
@@ -38,6 +39,16 @@ def cross_entropy(output: Any, target: Tensor) -> Tensor:
 
 def parameters(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def whole(model: nn.Module) -> dict[str, Tensor]:
+    """All parameters of a model of which ranks have parts."""
+    if hasattr(model, "reshard"):
+        model.reshard()
+    return {
+        name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
+        for name, p in model.named_parameters()
+    }
 
 
 def train(

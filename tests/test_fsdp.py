@@ -39,6 +39,7 @@ from ranked import (
     parameters,
     shards,
     train,
+    whole,
     with_missing,
 )
 
@@ -66,12 +67,6 @@ def divided(model: nn.Module, rows: int = 1, each: bool = True, **options: Any) 
         if any(True for _ in part.parameters()):
             fully_shard(part, mesh=mesh, **options)
     return fully_shard(model, mesh=mesh, **options)
-
-
-def whole(model: nn.Module) -> dict[str, Tensor]:
-    """All of its parameters."""
-    model.reshard()  # type: ignore[operator]
-    return {name: p.full_tensor().detach() for name, p in model.named_parameters()}  # type: ignore
 
 
 def on_ranks(

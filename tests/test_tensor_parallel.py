@@ -32,7 +32,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 import tekfac
 from processes import outcomes, together
-from ranked import TOLERANCE, close, cross_entropy, options_of, parameters, shards
+from ranked import TOLERANCE, close, cross_entropy, options_of, parameters, shards, whole
 from tekfac.ranks.ranks import Group, Ranks
 
 SECONDS = 120.0
@@ -98,15 +98,6 @@ def alone(method: str, examples: int, steps: int = STEPS, **options: Any) -> dic
 def mesh_of(rows: int) -> DeviceMesh:
     shape = (rows, dist.get_world_size() // rows)
     return init_device_mesh("cpu", shape, mesh_dim_names=("data", "tensor"))
-
-
-def whole(model: nn.Module) -> dict[str, Tensor]:
-    if hasattr(model, "reshard"):
-        model.reshard()
-    return {
-        name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
-        for name, p in model.named_parameters()
-    }
 
 
 def averaged(model: nn.Module, mesh: DeviceMesh) -> None:
@@ -254,23 +245,31 @@ def test_with_everything() -> None:
         assert told == pytest.approx(ratios, rel=1e-6)
 
 
-def with_drawn_labels() -> dict[str, Tensor]:
+def with_drawn_labels() -> tuple[dict[str, Tensor], set[str]]:
+    """And the layers whose statistics this rank has taken."""
     model = network()
     if dist.is_initialized():
         parallelize_module(model, mesh_of(1)["tensor"], PLANS["block"])
     optimizer = tekfac.KFAC(model, **options_of("KFAC", fisher="mc"))
+    seen = set()
     for x, y in batches(6, 3):
         optimizer.zero_grad()
         loss_of(model(x), y).backward()
+        seen |= {name for name, block in optimizer.blocks.items() if block.pending}
         optimizer.step()
-    return whole(model)
+    return whole(model), seen
 
 
 def test_ranks_that_see_the_same_draw_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And divide among themselves what is to be made of it."""
     monkeypatch.setattr(Ranks, "reseed", Group.reseed)
-    expected = with_drawn_labels()
-    for found in together(2, with_drawn_labels, seconds=SECONDS):
-        close(found, expected, TOLERANCE)
+    expected, layers = with_drawn_labels()
+    (found, own), (others, theirs) = together(2, with_drawn_labels, seconds=SECONDS)
+    close(found, expected, TOLERANCE)
+    close(others, expected, TOLERANCE)
+    assert own | theirs == layers == {"table", "up", "down", "head"}
+    assert not own & theirs
+    assert len(own) == len(theirs)
 
 
 # -- states ----------------------------------------------------------------------------------------
