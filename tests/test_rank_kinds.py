@@ -21,7 +21,6 @@ from ranked import (
     close,
     cross_entropy,
     options_of,
-    parameters,
     shards,
     train,
     whole,

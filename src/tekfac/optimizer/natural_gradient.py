@@ -162,8 +162,8 @@ class NaturalGradient(ModelOptimizer):
         TypeError: if ``model`` is no module, or an argument is of the wrong type.
         ValueError: for an argument out of its range, a model without any supported layer, or if
             ranks are given different models or settings.
-        NotImplementedError: for a model whose parameters are divided among ranks, unless all are,
-            by ``fully_shard``.
+        NotImplementedError: for a model whose parameters are divided among ranks, unless
+            ``fully_shard`` or tensor parallelism, or one around the other, has done it.
     """
 
     _uneven: Uneven | None = None
