@@ -267,8 +267,8 @@ def works(network: Network, method: str, counts: Sequence[int], **options: Any) 
     optimizer.factor_every = optimizer.scale_every = 10  # shorter intervals read half as much
     shapes = seen(network, list(optimizer.blocks))
     dues, ranks = {}, Ranks()
-    for ranks.count in counts:
-        dues[ranks.count] = replace(optimizer._intervals().due(0, ranks), late=False)
+    for ranks.batches in counts:
+        dues[ranks.batches] = replace(optimizer._intervals().due(0, ranks), late=False)
     found: dict[object, Work] = {}
     result = {}
     for name, block in optimizer.blocks.items():
@@ -285,6 +285,8 @@ def work_of(
     """What a layer takes that sees so much."""
     statistics, layer = {}, block.layer
     d_in, d_out = widths = layer.d_in, layer.d_out
+    # Positions are looked up once, for all examples alike.
+    examples = min(examples, shapes[1][0])
     for count, due in dues.items():
         block.discard()
         block.due = due
@@ -295,6 +297,8 @@ def work_of(
             operations() as flops,
         ):
             x, g = (torch.empty(shape) for shape in shapes)
+            if layer.looked_up:
+                x, g = x.flatten().long(), g.flatten(0, -2)
             block.observe(Sample([x], [g], examples=examples))
             statistics[count] = flops.get_total_flops() // 2
         block.discard()
@@ -303,10 +307,10 @@ def work_of(
     rows = shapes[1].numel() // (block.groups * d_out)
     return Work(
         widths,
-        block.groups * rows * d_in * d_out,
+        block.groups * rows * layer.product_width * d_out,
         statistics,
         block.groups * sum(map(eigenvectors, widths, block.kept)),
-        len(widths),
+        sum(k > 0 for k in block.kept),
         flops.get_total_flops() // 2,
         bytes_of(block),
     )
