@@ -168,11 +168,11 @@ def test_as_one_process(method: str, fisher: str, plan: str) -> None:
 @pytest.mark.parametrize(
     ("method", "fisher", "plan", "sharded"),
     [
-        ("KFAC", "empirical", "block", False),
         ("TEKFAC", "exact", "all", True),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in (
+                ("KFAC", "empirical", "block", False),
                 ("KFAC", "exact", "all", True),
                 ("EKFAC", "exact", "all", False),
                 ("EKFAC", "empirical", "block", True),
