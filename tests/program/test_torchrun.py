@@ -5,12 +5,10 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +29,9 @@ EPOCHS = 24
 pytestmark = [pytest.mark.usefixtures(workplace.__name__), pytest.mark.slow]
 
 
-def torchrun(count: int, *arguments: str, nodes: Sequence[str] = ("--standalone",)) -> Any:
-    """The command by several ranks of one machine.
-
-    Args:
-        count: how many.
-        arguments: the command's.
-        nodes: what torchrun is told of other machines.
-    """
-    launch = ["-m", "torch.distributed.run", *nodes, "--nproc-per-node", str(count)]
+def torchrun(count: int, *arguments: str) -> Any:
+    """The command by several ranks."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
     return subprocess.Popen(
         [sys.executable, *launch, "--no-python", sys.executable, "-c", PROGRAM, *arguments],
         stdout=subprocess.PIPE,
@@ -144,19 +136,6 @@ def assert_same_run(one: str, other: str) -> None:
     here, there = (torch.load(Path(name, runs.CHECKPOINT)) for name in (one, other))
     for part in ("network", "optimizer", "scheduler", "order_rng", "augmentation_rng"):
         assert_identical(here[part], there[part])
-
-
-def test_two_nodes() -> None:
-    """A rank on each, started by an agent of its own: one of them writes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        place = f"127.0.0.1:{free.getsockname()[1]}"
-    nodes = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", place]
-    agents = [torchrun(1, *TRAIN, "--epochs", "2", nodes=nodes) for _ in range(2)]
-    found = [ended(agent) for agent in agents]
-    assert [(status, errors) for status, _, errors in found] == [(0, [])] * 2
-    assert sorted(output.count("run in run") for _, output, _ in found) == [0, 1]
-    assert [row["epoch"] for row in rows(Path("run", runs.METRICS))] == ["1", "2"]
 
 
 def test_interrupt_ends_all_with_one_message() -> None:
