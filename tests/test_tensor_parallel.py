@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,6 +34,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 import tekfac
 from processes import outcomes, together
 from ranked import TOLERANCE, close, cross_entropy, options_of, parameters, shards, whole
+from tekfac.ranks.layout import Grid
 from tekfac.ranks.ranks import Group, Ranks
 
 SECONDS = 120.0
@@ -187,6 +189,26 @@ def test_with_batches_of_their_own(method: str, fisher: str, plan: str, sharded:
     """Two rows of two ranks: each row sees half of the batch, and has copies or parts."""
     placement = "sharded" if plan == "all" else 0.5
     check(4, method, plan, 2, sharded, fisher=fisher, placement=placement)
+
+
+def test_parts_where_copies_are_divided_twice() -> None:
+    """HSDP around: two copies, each cut by the last dimension first, and that by the middle one."""
+    places = [(a, b, c) for a in range(2) for b in range(2) for c in range(2)]
+    grid = Grid((2, 2, 2), places, first=0, parallel=True)
+    p = SimpleNamespace(placements=(Replicate(), Shard(0), Shard(0)))
+    parts = [part.tolist() for part in grid.parts(p, torch.arange(7))]
+    assert parts == [[0, 1], [4, 5], [2, 3], [6]] * 2
+    assert grid.count(p) == 4
+    assert [grid.batch(number) for number in (0, 1, 2, 7)] == [(0, 4), (0, 4), (1, 4), (3, 4)]
+    assert grid.lane(6) == [6, 7]
+    assert grid.same_copy(p, 0, 3)
+    assert not grid.same_copy(p, 0, 4)
+    # What is whole along the last dimension, everybody has from itself.
+    norm = SimpleNamespace(placements=(Replicate(), Shard(0)))
+    assert [part.tolist() for part in grid.parts(norm, torch.arange(3))][:4] == [
+        [0, 1], [0, 1], [2], [2]
+    ]  # fmt: skip
+    assert not grid.same_copy(norm, 0, 1)
 
 
 # -- what a loop may do ----------------------------------------------------------------------------
