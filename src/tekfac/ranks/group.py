@@ -183,8 +183,8 @@ def check_same(lane: Ranks, output: Tensor) -> None:
             "their models returned different outputs. They have to see the same batches (a "
             "sampler's num_replicas and rank are those of the data-parallel mesh), draw the same "
             "dropout masks, and return whole outputs: the last layer's style takes "
-            "output_layouts=Replicate(), or use_local_output=False. Expert parallelism, whose ranks "
-            "see batches of their own, is not supported"
+            "output_layouts=Replicate(), or use_local_output=False. Expert parallelism (ranks that "
+            "see batches of their own) is not supported"
         )
 
 
