@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,9 @@ class Entry:
         shape: its shape.
         treatment: by what it is trained, in words (`NaturalGradient.treatment`).
         block: the block that covers it, None for none.
-        measured: whether that has a curvature.
+        measured: whether its curvature was measured.
+        waiting: whether it was, and the block's first basis is still to come: until its turn
+            (docs/step.md) the first-order rule trains the parameter.
         leads: whether it is the block's first parameter, which the block's figures stand at.
         order: how rows of the layer belong to examples (docs/fisher.md), "" before it was used.
         refreshed: the step of the block's last basis, None before the first.
@@ -36,6 +38,7 @@ class Entry:
     treatment: str
     block: Block | None
     measured: bool
+    waiting: bool
     leads: bool
     order: str
     refreshed: int | None
@@ -58,9 +61,20 @@ class Summary:
 
     @property
     def share_measured(self) -> float:
-        """The part of the trained parameters that has a curvature, 0 to 1."""
-        trained = [e for e in self.entries if not e.treatment.startswith("not trained")]
-        return _count(e for e in trained if e.measured) / max(1, _count(trained))
+        """The part of the trained parameters whose curvature was measured, 0 to 1."""
+        return self._share(lambda e: e.measured)
+
+    @property
+    def share_waiting(self) -> float:
+        """The part of them that was measured, and waits for its first basis."""
+        return self._share(lambda e: e.waiting)
+
+    def _share(self, of: Callable[[Entry], bool]) -> float:
+        return _count(filter(of, self._trained)) / max(1, _count(self._trained))
+
+    @property
+    def _trained(self) -> list[Entry]:
+        return [e for e in self.entries if not e.treatment.startswith("not trained")]
 
     @property
     def state_bytes(self) -> int:
@@ -78,12 +92,13 @@ class Summary:
             for row in rows
         ]
         rule = "─" * max(len(line) for line in lines)
-        trained = _count(e for e in self.entries if not e.treatment.startswith("not trained"))
+        trained = _count(self._trained)
         covered = _count(e for e in self.entries if e.block is not None)
+        waiting = f" ({_percent(self.share_waiting)} wait for a basis)" if self.share_waiting else ""
         totals = (
             f"{self.method} after {self.step} steps: {trained:,} parameters trained, "
-            f"{100 * covered / max(1, trained):.1f} % in curvature blocks, "
-            f"{100 * self.share_measured:.1f} % measured; state {_mebibytes(self.state_bytes)} MiB"
+            f"{_percent(covered / max(1, trained))} in curvature blocks, "
+            f"{_percent(self.share_measured)} measured{waiting}; state {_mebibytes(self.state_bytes)} MiB"
         )
         return "\n".join([lines[0], rule, *lines[1:], rule, totals])
 
@@ -136,7 +151,8 @@ def summarised(
                 shape=tuple(p.shape),
                 treatment=words,
                 block=block,
-                measured=block is not None and not block.empty,
+                measured=block is not None and (block.waiting or not block.empty),
+                waiting=block is not None and block.waiting,
                 leads=block is not None and p is block.layer.parameters[0],
                 order="" if order is None else order.kind,
                 refreshed=None if block is None else refreshed.get(block.name),
@@ -163,7 +179,7 @@ def _cells(entry: Entry) -> tuple[str, ...]:
     return (
         entry.name,
         shape,
-        "block" if entry.measured else _unmeasured(entry),
+        _trained_by(entry),
         f"{groups}{d_out}×{d_in}",
         "all" if (kept_in, kept_out) == (d_in, d_out) else f"{kept_out}, {kept_in}",
         rows if entry.measured or entry.order else "",
@@ -173,9 +189,17 @@ def _cells(entry: Entry) -> tuple[str, ...]:
     )
 
 
-def _unmeasured(entry: Entry) -> str:
+def _trained_by(entry: Entry) -> str:
+    if entry.waiting:
+        return "block, waits for its basis"
+    if entry.measured:
+        return "block"
     known = entry.treatment.startswith("first order")
     return entry.treatment if known else "block, not measured yet"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
 
 
 def _mebibytes(size: int) -> str:
@@ -215,7 +239,11 @@ def treatment_of(
     if block is not None and block.name in strange:
         return f"first order: used by {strange[block.name]}, which is no product known here"
     if block is not None:
-        later = " (first order until its curvature is measured)" if block.empty else ""
+        later = ""
+        if block.waiting:
+            later = " (measured; first order until the turn of its first basis)"
+        elif block.empty:
+            later = " (first order until its curvature is measured)"
         return f"{method} block {block.name!r}{later}"
     if not trained:
         return "not trained: " + ("in no group" if p.requires_grad else "frozen")
