@@ -303,13 +303,13 @@ def test_a_table_that_is_multiplied_later() -> None:
 
 
 def test_what_is_no_table() -> None:
-    bag = nn.EmbeddingBag(TOKENS, WIDTH)
+    bag = nn.EmbeddingBag(TOKENS, WIDTH, mode="max")
     scaled = nn.Embedding(TOKENS, WIDTH, scale_grad_by_freq=True)
     optimizer = tekfac.TEKFAC(nn.ModuleDict({"bag": bag, "scaled": scaled, "l": nn.Linear(4, 3)}))
     assert set(optimizer.blocks) == {"l"}
     treatment = optimizer.treatment()
     assert treatment["bag.weight"] == (
-        "first order: EmbeddingBag adds entries up, so that its input factor is no diagonal matrix"
+        "first order: EmbeddingBag with mode='max' multiplies each column with other entries"
     )
     assert treatment["scaled.weight"] == (
         "first order: Embedding with scale_grad_by_freq=True gets what is no gradient of the loss"

@@ -35,7 +35,7 @@ from tekfac.capture.graph import (
 from tekfac.capture.likelihoods import Likelihood
 from tekfac.capture.observer import Observer, cleared
 from tekfac.capture.passes import Overheard, Pass
-from tekfac.layers import Assignment, ConvLayer, LinearLayer, as_used
+from tekfac.layers import Assignment, Form, as_used
 from tekfac.numerics import undivided
 from tekfac.ranks.fully_sharded import Leaves, sharded_parts, whole
 from tekfac.ranks.group import check_same
@@ -149,11 +149,18 @@ class Measuring:
         )
         self.reentrant |= found.reentrant
         self.compiled |= found.compiled
+        convolved: dict[str, int] = {}
         for use in found.uses:
-            known = use.name in self._settled or not self.blocks[use.name].empty
-            if known and use.reading.layer.looked_up and not use.reading.product.lookup:
-                # What was measured is the curvature of lookups alone.
-                found.strange.setdefault(use.name, use.node.name())
+            reading, name = use.reading, use.name
+            looked_up = False
+            if name in self._settled or not self.blocks[name].empty:
+                # What was measured of a table is the curvature of lookups alone.
+                looked_up = reading.layer.looked_up
+                convolved[name] = reading.layer.form.convolved
+            other = reading.convolved != convolved.setdefault(name, reading.convolved)
+            if other or (looked_up and not reading.product.lookup):
+                words = f"{use.node.name()} beside another kind of product"
+                found.strange.setdefault(name, words if other else use.node.name())
         for name, kind in found.strange.items():
             self.strange.setdefault(name, kind)
         uses = found.counted()
@@ -208,21 +215,23 @@ class Measuring:
         """Let layers be as they are seen to be used, the first time that they are."""
         for use in uses:
             layer, name = use.reading.layer, use.name
-            if isinstance(layer, ConvLayer) and use.reading.product.geometry is not None:
-                layer.geometry = use.reading.product.geometry(use.node)
             if name in self._settled:
                 continue
             self._settled.add(name)
             if not self.blocks[name].empty:
                 continue
-            if isinstance(layer, LinearLayer) and all(
-                other.reading.swapped for other in uses if other.name == name
-            ):
-                layer.turn()
-            if layer.bias is not None and layer.weight is not None and name not in found.biases:
-                layer.without_bias()
             own = [other.reading for other in uses if other.name == name]
-            layer = as_used(layer, all(reading.product.lookup for reading in own))
+            # The bias of a transposed convolution is added where its gradient comes from.
+            added = name in found.biases and not any(reading.transposed for reading in own)
+            form = Form(
+                bias=layer.bias is not None and (layer.weight is None or added),
+                looked_up=all(reading.product.lookup for reading in own),
+                turned=layer.form.turned,
+                convolved=use.reading.convolved,
+            )
+            if not form.convolved and all(reading.swapped for reading in own):
+                form = form._replace(turned=not form.turned)
+            layer = as_used(layer, form)
             self.blocks[name].take(layer)
             for reading in own:
                 reading.layer = layer

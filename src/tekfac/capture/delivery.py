@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from tekfac import verdict
 from tekfac.capture.examples import Order
 from tekfac.capture.reading import Reading
-from tekfac.layers import Sample
+from tekfac.layers import Geometry, Sample
 
 
 @dataclass(eq=False)
@@ -102,10 +102,21 @@ class Delivery:
                     used = used.any(1, keepdim=True).expand(-1, per)
                 reached = reached | used.flatten()
             live = reached if live is None else live & reached
+        weights = product.reading.weights
+        if weights is not None and product.reading.layer.looked_up:
+            # Each entry of a sum is a position of its own.
+            assert x is not None
+            weights = order.arrange(weights, n)
+            g = (g[:, None] * weights[:, :, None].to(g.dtype)).flatten(0, 1)
+            if live is not None:
+                live = live.repeat_interleave(weights.shape[1])
+            x = x.flatten()
+            live = x >= 0 if live is None else live & (x >= 0)
         members = product.reading.members
         if members is not None:
             members = order.arrange(members.to(g.device), n)
-        return _Part(x, g, live, product.reading.swapped, members)
+        reading = product.reading
+        return _Part(x, g, live, reading.swapped, members, reading.geometry)
 
     def _terms(self, units: int) -> Tensor:
         if units == self.examples:
@@ -120,6 +131,7 @@ class _Part:
     live: Tensor | None
     swapped: bool
     members: Tensor | None
+    geometry: Geometry | None = None
 
     def only(self, kept: Tensor) -> _Part:
         """That of some examples."""
@@ -134,6 +146,7 @@ class _Part:
             None if self.live is None else some(self.live),
             self.swapped,
             None if self.members is None else some(self.members),
+            self.geometry,
         )
 
 
@@ -205,4 +218,5 @@ def _sample(parts: list[_Part], units: int, terms: Tensor, first: bool) -> Sampl
         terms,
         live,
         [part.swapped for part in parts],
+        [part.geometry for part in parts],
     )

@@ -246,16 +246,20 @@ def _uses(
         layer = layers.get(name) if name is not None else None
         if name is None or layer is None:
             continue
-        if product.geometry is not None and weight is not None and weight.turned:
-            continue
-        if isinstance(layer, StackLayer) == (weight is None or weight.member is None):
+        geometry = None if product.geometry is None else product.geometry(node)
+        if geometry is not None:
+            # Some of a kernel's rows are not as many for each group of channels.
+            cut = weight is not None and weight.rows is not None and geometry.groups > 1
+            if cut or (weight is not None and weight.turned):
+                continue
+        elif isinstance(layer, StackLayer) == (weight is None or weight.member is None):
             continue
         metadata: Any = node
         shape = tuple(metadata._input_metadata[0].shape)
         lead = (*shape[:-2], *shape[-1:]) if product.left and len(shape) > 1 else shape[:-1] or (1,)
-        if product.geometry is not None:
+        if geometry is not None:
             lead = shape[:1]
-        reading = Reading(name, layer, product, weight, product.transposed(node))
+        reading = Reading(name, layer, product, weight, product.transposed(node), geometry)
         if reading.each:
             lead = lead[1:]
         if weight is not None and weight.made is not None and not reading.plain:
@@ -279,6 +283,7 @@ def read_inputs(uses: Collection[Use], kept: Collection[Use]) -> None:
             if use.reading.view is not None:
                 x = use.reading.read(use.node)
                 use.reading.input = x if use in kept else None
+                use.reading.weights = use.reading.read_weights(use.node)
                 use.reading.members = use.reading.read_members(use.node, use.rows)
 
     with own_pass(), torch.enable_grad():

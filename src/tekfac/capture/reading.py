@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tekfac.layers import Layer, LinearLayer, Product, View
+from tekfac.layers import Geometry, Layer, LinearLayer, Product, View
 from tekfac.layers.uses import EACH
 from tekfac.numerics import undivided
 
@@ -23,7 +23,10 @@ class Reading:
         product: what kind of product.
         view: what it sees of the weight; None if that is not trained.
         transposed: whether it is a transposed convolution.
+        geometry: how a convolution reads its input; None for a matrix product.
         input: what was multiplied, once `read_inputs` has been there.
+        weights: where a row is the sum of several entries of a table, what each is multiplied with,
+            ``(R, L)``, once `read_inputs` has been there.
         members: of which matrix of a stack each row is a factor, ``(R,)``, once `read_inputs` has
             been there; None where each of them has rows of its own, or the weight is no stack.
         scale: where a function of the weight was multiplied, what a row of the weight's gradient is
@@ -35,23 +38,29 @@ class Reading:
     product: Product
     view: View | None
     transposed: bool
+    geometry: Geometry | None = None
     input: Tensor | None = None
+    weights: Tensor | None = None
     members: Tensor | None = None
     scale: Tensor | None = None
 
     @property
     def swapped(self) -> bool:
         """Whether the matrix's columns see the gradient of this product and not its input."""
-        if not isinstance(self.layer, LinearLayer) or self.view is None:
+        if self.geometry is not None or self.view is None:
             return self.transposed
         # To the right of the rows there is Wᵀ: an unturned parameter is that.
-        return (self.view.turned != self.product.right) != self.layer.transposed
+        return (self.view.turned != self.product.right) != bool(self.layer.form.turned)
+
+    @property
+    def convolved(self) -> int:
+        """In how many groups of channels the weight is convolved; 0 for a matrix product."""
+        return 0 if self.geometry is None else self.geometry.groups
 
     @property
     def plain(self) -> bool:
         """Whether the parameter's first dimension is the output's."""
-        turned = isinstance(self.layer, LinearLayer) and self.layer.transposed
-        return not (self.swapped or turned)
+        return not (self.swapped or self.layer.form.turned)
 
     def output_rows(self, gradient: Tensor) -> Tensor:
         """The product's output gradient, one row (or image) after the other."""
@@ -63,11 +72,11 @@ class Reading:
             return gradient.transpose(0, 1)
         if self._cuts_outputs:
             # The other rows of the weight made nothing here.
-            gradient = self._whole(gradient, 1 if self.product.geometry is not None else -1)
+            gradient = self._whole(gradient, 1 if self.geometry is not None else -1)
         if self.scale is not None:
-            axes = gradient.dim() - 2 if self.product.geometry is not None else 0
+            axes = gradient.dim() - 2 if self.geometry is not None else 0
             gradient = gradient * self.scale.to(gradient.dtype).reshape(-1, *[1] * axes)
-        return gradient if self.product.geometry is not None else gradient.flatten(0, -2)
+        return gradient if self.geometry is not None else gradient.flatten(0, -2)
 
     def read(self, node: Any) -> Tensor | None:
         """The product's input as its node has saved it; None if it was not."""
@@ -80,9 +89,13 @@ class Reading:
         if self.view is None or self.view.rows is None or self._cuts_outputs or self.product.lookup:
             return x
         # Of the other rows of an input-first weight the inputs are as good as zeros.
-        if self.product.geometry is not None:
+        if self.geometry is not None:
             return self._whole(x, 1)
         return self._whole(x, -2 if self.product.left and x.dim() > 1 else -1)
+
+    def read_weights(self, node: Any) -> Tensor | None:
+        """What each of a row's entries of a table is multiplied with, ``(R, L)``."""
+        return None if self.product.weights is None else self.product.weights(node)
 
     def read_members(self, node: Any, rows: int) -> Tensor | None:
         """Of which matrix of a stack each row is a factor, ``(R,)``."""
@@ -96,7 +109,7 @@ class Reading:
     def input_rows(self) -> Tensor | None:
         """Its input likewise."""
         x = self.input
-        if x is None or self.product.geometry is not None:
+        if x is None or self.geometry is not None:
             return x
         if self.product.lookup:
             return self._looked_up(x)
@@ -136,4 +149,4 @@ class Reading:
         if not self._cuts_outputs:
             entries = entries.where(entries < 0, entries + self.view.first)
         count = self.view.parameter.shape[int(self.view.turned)]
-        return self.layer.looked_up_rows(entries, count)
+        return self.layer.looked_up_rows(entries, count, self.weights)

@@ -18,7 +18,7 @@ from tekfac.curvature.approximation import Approximation
 from tekfac.curvature.basis import Basis
 from tekfac.curvature.kept import moments_of
 from tekfac.curvature.sampling import factor_reading
-from tekfac.layers import Layer, Sample, as_used
+from tekfac.layers import Form, Layer, Sample, as_used
 from tekfac.verdict import YES, Verdict
 
 # The large parts of a block's state.
@@ -198,8 +198,7 @@ class Block(Approximation):
                 f"ranks use layer {self.name!r} differently: its weight is not on the same side of "
                 "its product everywhere, or its bias is not added everywhere"
             )
-        self.layer.adopt(tuple(form))
-        self.take(as_used(self.layer, bool(form[1])))
+        self.take(as_used(self.layer, Form(*form)))
 
     def finish(self, own_mean: bool) -> None:
         """The batch is complete, as far as this rank has seen it.

@@ -5,9 +5,11 @@ nodes of the autograd graph multiply them.
 """
 
 from tekfac.layers.assignment import Assignment, Candidate, assign, layer_of
-from tekfac.layers.convolution import ConvLayer, Geometry
-from tekfac.layers.embedding import EmbeddingLayer, as_used
-from tekfac.layers.layer import Layer
+from tekfac.layers.convolution import ConvLayer
+from tekfac.layers.embedding import EmbeddingLayer
+from tekfac.layers.geometry import Geometry
+from tekfac.layers.kinds import as_used
+from tekfac.layers.layer import Form, Layer
 from tekfac.layers.linear import LinearLayer
 from tekfac.layers.sample import Call, Rows, Sample
 from tekfac.layers.stack import StackLayer
@@ -19,6 +21,7 @@ __all__ = [
     "Candidate",
     "ConvLayer",
     "EmbeddingLayer",
+    "Form",
     "Geometry",
     "Layer",
     "LinearLayer",

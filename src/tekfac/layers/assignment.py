@@ -83,7 +83,7 @@ HOOKED = {"weight_v", "weight_orig"}
 def candidates_of(module: nn.Module) -> dict[str, Candidate]:
     """A module's weights that may be multiplied with rows, each by its name in the module.
 
-    Matrices, and stacks of them, of any module, and convolutions' kernels.
+    Matrices, stacks of them, and kernels.
     """
     found: dict[str, Candidate] = {}
     if isinstance(module, (ParametrizationList, torch.jit.ScriptModule)):
@@ -104,17 +104,24 @@ def candidates_of(module: nn.Module) -> dict[str, Candidate]:
             found[key] = Candidate(
                 module, key, weight, None, partial(ConvLayer, geometry=Geometry.of(module))
             )
-        elif isinstance(module, nn.Embedding):
-            if key == "weight" and not module.scale_grad_by_freq:
+        elif isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            if key == "weight" and not _reason_of_table(module):
                 found[key] = Candidate(
                     module, key, weight, None, partial(EmbeddingLayer, transposed=True)
                 )
-        elif weight.dim() == 2 and not isinstance(module, nn.EmbeddingBag):
+        elif weight.dim() == 2:
             if bias is not None and not (bias.dim() == 1 and len(bias) in weight.shape):
                 bias = None
             found[key] = Candidate(module, key, weight, bias, _linear(weight, bias))
-        elif weight.dim() == 3 and min(weight.shape) > 1:
-            found[key] = Candidate(module, key, weight, None, StackLayer)
+        elif weight.dim() in (3, 4, 5):
+            # A kernel that some function convolves with, or a stack of matrices: what goes with
+            # three dimensions and no bias is seen at its first use.
+            if bias is not None and bias.shape != weight.shape[:1]:
+                bias = None
+            if weight.dim() == 3 and bias is None and min(weight.shape) > 1:
+                found[key] = Candidate(module, key, weight, None, StackLayer)
+            elif min(weight.shape[0], weight[0].numel()) > 1:
+                found[key] = Candidate(module, key, weight, bias, ConvLayer)
     return found
 
 
@@ -152,13 +159,21 @@ def _linear(weight: nn.Parameter, bias: nn.Parameter | None) -> Callable[..., La
 def _reason(module: nn.Module) -> str:
     """Why a module's parameters have no curvature block."""
     kind = type(module).__name__
-    if isinstance(module, nn.Embedding):
-        return f"{kind} with scale_grad_by_freq=True gets what is no gradient of the loss"
-    if isinstance(module, nn.EmbeddingBag):
-        return f"{kind} adds entries up, so that its input factor is no diagonal matrix"
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and (why := _reason_of_table(module)):
+        return why
     if isinstance(module, torch.jit.ScriptModule):
         return f"{kind} is compiled by torch.jit, which does not show what it multiplies"
     return f"{kind} has no curvature block"
+
+
+def _reason_of_table(module: nn.Embedding | nn.EmbeddingBag) -> str:
+    """Why a table has no curvature block; "" if it may have one."""
+    kind = type(module).__name__
+    if module.scale_grad_by_freq:
+        return f"{kind} with scale_grad_by_freq=True gets what is no gradient of the loss"
+    if isinstance(module, nn.EmbeddingBag) and module.mode == "max":
+        return f"{kind} with mode='max' multiplies each column with other entries"
+    return ""
 
 
 def layer_of(module: nn.Module, *, weight: bool = True, name: str = "layer") -> Layer:
@@ -251,7 +266,11 @@ def assign(model: nn.Module, exclude: Sequence[str | type[nn.Module]]) -> Assign
         ):
             left_out.update(own.values())
     # What is multiplied somewhere is no table, whichever module comes first.
-    tables = [name for name, module in names.items() if isinstance(module, nn.Embedding)]
+    tables = [
+        name
+        for name, module in names.items()
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+    ]
     for name in sorted(names, key=tables.__contains__):
         for key, candidate in candidates_of(names[name]).items():
             parameters = [p for p in (candidate.weight, candidate.bias) if p is not None]

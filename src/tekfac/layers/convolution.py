@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
-from tekfac.layers.layer import Layer
+from tekfac.layers.geometry import Geometry
+from tekfac.layers.layer import Form, Layer
 from tekfac.layers.sample import Call
 from tekfac.numerics import squares, wide
 
@@ -27,43 +28,13 @@ CONV_WEIGHT: dict[int, Callable[..., Tensor]] = {
 }
 
 
-@dataclass(frozen=True)
-class Geometry:
-    """Which entries of its input a convolution multiplies.
-
-    Padding is with zeros: a module that pads otherwise does so before it convolves.
-
-    Args:
-        stride: along each axis.
-        padding: entries before and behind each axis.
-        dilation: along each axis.
-        groups: of channels.
-    """
-
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-    groups: int = 1
-
-    @classmethod
-    def of(cls, module: Any) -> Geometry:
-        """That of a convolution module, as far as zeros are what it pads with."""
-        padding = module.padding
-        if module.padding_mode != "zeros" or padding == "valid":
-            padding = (0,) * len(module.kernel_size)
-        elif padding == "same":
-            sizes = zip(module.dilation, module.kernel_size, strict=True)
-            padding = tuple(d * (k - 1) // 2 for d, k in sizes)
-        return cls(tuple(module.stride), tuple(padding), tuple(module.dilation), int(module.groups))
-
-
 class ConvLayer(Layer):
     """A convolution: a fully-connected layer applied to the patch at each output position.
 
     A transposed convolution is one, too: with its gradient in place of the input.
 
     Attributes:
-        geometry: as the last call had it.
+        geometry: as its module has it; of single calls see `at`.
     """
 
     def __init__(
@@ -75,10 +46,20 @@ class ConvLayer(Layer):
         geometry: Geometry | None = None,
     ) -> None:
         self.kernel = tuple(full.shape[2:])
-        axes = len(self.kernel)
-        self.geometry = geometry or Geometry((1,) * axes, (0,) * axes, (1,) * axes)
+        self.geometry = geometry or Geometry.plain(len(self.kernel))
         self.groups = self.geometry.groups
         super().__init__(name, full, weight, bias)
+
+    @property
+    def form(self) -> Form:
+        return super().form._replace(convolved=self.groups)
+
+    def at(self, call: Call) -> ConvLayer:
+        if call.geometry in (None, self.geometry):
+            return self
+        found = copy.copy(self)
+        found.geometry = call.geometry
+        return found
 
     def check_input(self, x: Tensor) -> None:
         width = x.shape[-1 - len(self.kernel)] // self.groups

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tekfac.layers.layer import Layer
 from tekfac.layers.linear import LinearLayer
 
 
@@ -21,7 +20,7 @@ class EmbeddingLayer(LinearLayer):
     def product_width(self) -> int:
         return 0
 
-    def looked_up_rows(self, entries: Tensor, count: int) -> Tensor:
+    def looked_up_rows(self, entries: Tensor, count: int, weights: Tensor | None) -> Tensor:
         return entries
 
     def check_input(self, x: Tensor) -> None:
@@ -41,16 +40,3 @@ class EmbeddingLayer(LinearLayer):
 
     def _norms(self, x: Tensor) -> Tensor:
         return (x >= 0)[None]
-
-
-def as_used(layer: Layer, looked_up: bool) -> Layer:
-    """The layer, or the same of another kind, as its first use shows it.
-
-    Args:
-        layer: as its module let it seem.
-        looked_up: whether its weight is looked up and never multiplied.
-    """
-    if looked_up == layer.looked_up or not isinstance(layer, LinearLayer) or layer.bias is not None:
-        return layer
-    kind = EmbeddingLayer if looked_up else LinearLayer
-    return kind(layer.name, layer.full, layer.weight, None, layer.transposed)

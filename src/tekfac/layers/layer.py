@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,22 @@ CHUNK_ENTRIES = 2**20
 
 # Fewer rows than this, and adding a chunk to a wide layer's sums costs more than computing it.
 CHUNK_ROWS = 1024
+
+
+class Form(NamedTuple):
+    """How a layer's weight is used.
+
+    Args:
+        bias: whether its bias is added to what the weight makes.
+        looked_up: whether it is looked up, and never multiplied.
+        turned: whether the parameter is ``Wᵀ``.
+        convolved: in how many groups of channels it is convolved; 0 for none.
+    """
+
+    bias: int
+    looked_up: int = 0
+    turned: int = 0
+    convolved: int = 0
 
 
 class Layer(ABC):
@@ -100,14 +117,13 @@ class Layer(ABC):
         self._measure()
 
     @property
-    def form(self) -> tuple[int, ...]:
-        """How the layer is used, as far as that is seen at its first use; see `adopt`."""
-        return (int(self.bias is not None), int(self.looked_up))
+    def form(self) -> Form:
+        """How the layer is used, as far as that is seen at its first use."""
+        return Form(self.bias is not None, self.looked_up)
 
-    def adopt(self, form: tuple[int, ...]) -> None:
-        """Be used as a layer whose `form` this is."""
-        if self.bias is not None and not form[0]:
-            self.without_bias()
+    def at(self, call: Call) -> Layer:
+        """The layer as one call of it had it."""
+        return self
 
     def resemble(
         self, shape: tuple[int, int], parameters: int, transposed: bool | None = None
@@ -207,7 +223,7 @@ class Layer(ABC):
             yield sample.rows[1]
             return
         for span in _spans(examples, max(CHUNK_ENTRIES // entries, CHUNK_ROWS // read)):
-            parts = [self._rows(call, examples, *span, stride, dtype) for call in calls]
+            parts = [self.at(call)._rows(call, examples, *span, stride, dtype) for call in calls]
             rows = parts[0] if len(parts) == 1 else side_by_side(parts)
             if span == (0, examples):
                 sample.rows = how, rows
@@ -227,7 +243,7 @@ class Layer(ABC):
         )
         entries = max(1, self.groups * self.d_in * self.d_out, *seen)
         for span in _spans(examples, CHUNK_ENTRIES // entries):
-            parts = [self._gradients(call, examples, *span) for call in calls]
+            parts = [self.at(call)._gradients(call, examples, *span) for call in calls]
             yield parts[0] if len(parts) == 1 else torch.stack(parts).sum(dim=0)
 
     def positions(self, sample: Sample) -> int:

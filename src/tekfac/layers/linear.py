@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor, nn
 
-from tekfac.layers.layer import Layer
+from tekfac.layers.layer import Form, Layer
 from tekfac.numerics import square_norms
 
 
@@ -34,13 +34,8 @@ class LinearLayer(Layer):
         self._measure()
 
     @property
-    def form(self) -> tuple[int, ...]:
-        return (*super().form, int(self.transposed))
-
-    def adopt(self, form: tuple[int, ...]) -> None:
-        super().adopt(form)
-        if bool(form[-1]) != self.transposed:
-            self.turn()
+    def form(self) -> Form:
+        return super().form._replace(turned=self.transposed)
 
     def resemble(
         self, shape: tuple[int, int], parameters: int, transposed: bool | None = None
@@ -60,15 +55,19 @@ class LinearLayer(Layer):
         self.d_out = rows
         self.d_in = (columns if self.weight is not None else 0) + (self.bias is not None)
 
-    def looked_up_rows(self, entries: Tensor, count: int) -> Tensor:
+    def looked_up_rows(self, entries: Tensor, count: int, weights: Tensor | None) -> Tensor:
         """Rows that look these of ``count`` entries up when they are multiplied with the weight.
 
         Args:
             entries: their numbers, ``(R,)``, -1 for a row of zeros.
             count: how many entries there are.
+            weights: for rows that are the sum of several, ``(R, L)`` like the numbers then, what
+                each is multiplied with.
         """
         rows = entries.new_zeros(len(entries), count + 1, dtype=self.dtype)
-        return rows.scatter_(1, entries[:, None] % (count + 1), 1)[:, :count]
+        if weights is None:
+            entries, weights = entries[:, None], rows.new_ones(len(entries), 1)
+        return rows.scatter_add_(1, entries % (count + 1), weights.to(rows.dtype))[:, :count]
 
     def check_input(self, x: Tensor) -> None:
         self._check_width(x, x.shape[-1], self.d_in - (self.bias is not None))

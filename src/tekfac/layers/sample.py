@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from tekfac.layers.geometry import Geometry
+
 
 @dataclass
 class Sample:
@@ -27,6 +29,8 @@ class Sample:
             ``(R, E)``, else ``(R,)``.
         swapped: for each call, whether the weight was multiplied from the other side: then the
             matrix's columns see the gradient and its rows the input. Empty for none.
+        geometry: for each call of a convolution, how it reads its input. Empty for as its layer
+            has it.
 
     Attributes:
         rows: as which it was read last, by how, if that was in one piece: who reads it the same way
@@ -40,6 +44,7 @@ class Sample:
     terms: Tensor | None = None
     live: list[Tensor | None] = field(default_factory=list)
     swapped: list[bool] = field(default_factory=list)
+    geometry: list[Geometry | None] = field(default_factory=list)
     rows: tuple[object, Rows] | None = field(default=None, init=False, repr=False)
 
     @property
@@ -47,13 +52,16 @@ class Sample:
         """The calls, each with its two sides in the order of the matrix's columns and rows."""
         live = self.live or [None] * len(self.gradients)
         swapped = self.swapped or [False] * len(self.gradients)
+        geometry = self.geometry or [None] * len(self.gradients)
         result = []
-        for x, g, rows, swap in zip(self.inputs, self.gradients, live, swapped, strict=True):
+        for x, g, rows, swap, form in zip(
+            self.inputs, self.gradients, live, swapped, geometry, strict=True
+        ):
             if swap:
                 assert x is not None
-                result.append(Call(g, x, rows, True))
+                result.append(Call(g, x, rows, True, form))
             else:
-                result.append(Call(x, g, rows, False))
+                result.append(Call(x, g, rows, False, form))
         return result
 
     @property
@@ -88,6 +96,7 @@ class Sample:
             None if self.terms is None else self.terms[:examples],
             [None if live is None else rows(live) for live in self.live],
             self.swapped,
+            self.geometry,
         )
 
 
@@ -105,12 +114,14 @@ class Call:
         g: what its rows see.
         live: which leading rows count; None for all.
         swapped: whether ``a`` is an output gradient, and ``g`` an input.
+        geometry: how a convolution reads its input; None for as its layer has it.
     """
 
     a: Tensor | None
     g: Tensor
     live: Tensor | None
     swapped: bool
+    geometry: Geometry | None = None
 
 
 @dataclass

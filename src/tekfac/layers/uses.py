@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from tekfac.layers.convolution import Geometry
+from tekfac.layers.geometry import Geometry
+from tekfac.numerics import wide
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Product:
         input: gives the other operand, as it was saved.
         lookup: whether it is one-hot rows, given as the numbers of the entries, ``(R,)``, -1 for a
             row of zeros.
+        weights: where a row is the sum of up to ``L`` of these, what each is multiplied with,
+            ``(R, L)``, as the numbers are then.
         right: whether the weight stands to the right as ``Wᵀ`` (``d_in × d_out``).
         left: whether it stands to the left as ``W``, and inputs are columns.
         geometry: gives a convolution's; None for a matrix product.
@@ -44,6 +47,7 @@ class Product:
     bias: int | None
     input: Callable[[Any], Tensor | None]
     lookup: bool = False
+    weights: Callable[[Any], Tensor] | None = None
     right: bool = False
     left: bool = False
     geometry: Callable[[Any], Geometry] | None = None
@@ -73,6 +77,35 @@ def _entries(node: Any) -> Tensor:
     return entries.where(entries != node._saved_padding_idx, -1)
 
 
+def _bags(node: Any) -> Tensor:
+    """The numbers of the entries in each bag, ``(R, L)``, filled up with -1."""
+    indices: Tensor = node._saved_indices.flatten().long()
+    return _by_bag(node, indices.where(indices != axis_of(node._saved_padding_idx), -1), -1)
+
+
+def _bag_weights(node: Any) -> Tensor:
+    """What each entry of a bag is multiplied with, ``(R, L)``."""
+    weights = node._saved_per_sample_weights
+    if weights is not None:
+        return _by_bag(node, weights.detach().flatten(), 0)
+    inside = (_bags(node) >= 0).to(wide(node._input_metadata[0].dtype))
+    if node._saved_mode == MEAN:
+        inside /= inside.sum(1, keepdim=True).clamp_min(1)
+    return inside
+
+
+def _by_bag(node: Any, values: Tensor, filling: int) -> Tensor:
+    """Values of the entries ``(E,)`` that lie bag by bag, as ``(R, L)``."""
+    bags = node._input_metadata[0].shape[0]
+    # There may be one more, where the last ends.
+    starts = node._saved_offsets[:bags].long()
+    numbers = torch.arange(len(values), device=values.device)
+    bag = torch.searchsorted(starts, numbers, right=True) - 1
+    within = numbers - starts[bag]
+    length = int(within.max()) + 1 if len(values) else 1
+    return values.new_full((bags, length), filling).index_put_((bag, within), values)
+
+
 def _indexed(node: Any) -> Tensor:
     """The numbers of the entries that one tensor of indices, or a mask of entries, took."""
     index: Tensor = node._saved_indices[0].flatten()
@@ -86,6 +119,9 @@ def _indexes_rows(node: Any) -> bool:
     # As they were saved: activation checkpointing would run again to give the tensors.
     return len(node._raw_saved_indices) == 1 and len(node._input_metadata[0].shape) > 1
 
+
+# As autograd numbers what becomes of a bag.
+SUM, MEAN = 0, 1
 
 PRODUCTS: dict[str, tuple[Product, ...]] = {
     "AddmmBackward0": (
@@ -126,6 +162,17 @@ PRODUCTS: dict[str, tuple[Product, ...]] = {
             lookup=True,
             # What it gives the table then is no gradient of the loss.
             fits=lambda node: not node._saved_scale_grad_by_freq,
+        ),
+    ),
+    "EmbeddingBagBackward0": (
+        Product(
+            0,
+            None,
+            _bags,
+            right=True,
+            lookup=True,
+            weights=_bag_weights,
+            fits=lambda node: node._saved_mode in (SUM, MEAN) and not node._saved_scale_grad_by_freq,
         ),
     ),
     # A parameter that is indexed is a table, too.
@@ -306,7 +353,12 @@ EACH = -1
 ACCUMULATE = "torch::autograd::AccumulateGrad"
 SAME = {"ToCopyBackward0", "AliasBackward0", "CloneBackward0", "DetachBackward0"}
 TURNS = {"TBackward0", "NumpyTBackward0", "TransposeBackward0"}
-FLATTENS = {"ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "SqueezeBackward0"}
+FLATTENS = {
+    "ViewBackward0",
+    "UnsafeViewBackward0",
+    "ReshapeAliasBackward0",
+    *(f"SqueezeBackward{overload}" for overload in range(3)),
+}
 
 
 def _as_its_result(node: Any, tensor: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ def layout_of(groups: Groups, blocks: Blocks) -> dict[str, dict[str, Any]]:
         name: {
             "shape": list(block.shape),
             "looked_up": block.layer.looked_up,
+            "convolved": block.layer.form.convolved,
             "transposed": getattr(block.layer, "transposed", False),
             "parameters": [index[p] for p in block.layer.parameters],
         }
@@ -209,12 +210,16 @@ def check_fits(
     saved = {name: each for name, each in own["blocks"].items() if each is not None}
     for name, each in saved.items():
         if name in blocks and blocks[name].empty:
-            # Which way round a square matrix is was not kept in older states.
-            blocks[name].layer.resemble(
-                tuple(each["shape"]), len(each["parameters"]), each.get("transposed")
+            layer, form = blocks[name].layer, blocks[name].layer.form
+            # Older states have no tables that are only looked up, and no kernels without a module.
+            form = form._replace(
+                looked_up=each.get("looked_up", False),
+                convolved=each.get("convolved", form.convolved),
             )
-            # Older states have no tables that are only looked up.
-            blocks[name].take(as_used(blocks[name].layer, each.get("looked_up", False)))
+            layer = as_used(layer, form)
+            # Which way round a square matrix is was not kept in older states.
+            layer.resemble(tuple(each["shape"]), len(each["parameters"]), each.get("transposed"))
+            blocks[name].take(layer)
     layout = {
         name: each
         for name, each in layout_of(groups, blocks).items()

@@ -1,0 +1,200 @@
+"""Kernels that belong to no convolution's module, and modules' kernels used in other ways."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import tekfac
+from harness import METHODS
+from tekfac.layers import ConvLayer, LinearLayer, StackLayer
+from test_uses import EXACT, check
+
+torch.set_num_threads(1)
+
+Use = Callable[[Tensor, Tensor, Any], Tensor]
+X, Y = torch.randn(5, 2, 6, 6, generator=torch.Generator().manual_seed(1)).double(), torch.arange(5)
+
+
+class Kernel(nn.Module):
+    """A parameter that is used in some way, and a head for the mean over all places."""
+
+    def __init__(
+        self, shape: tuple[int, ...], use: Use, channels: int, bias: int | None = None
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(shape) / 3)
+        self.bias = None if bias is None else nn.Parameter(torch.randn(bias))
+        self.use, self.head = use, nn.Linear(channels, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.use(x, self.weight, self.bias).tanh().flatten(2).mean(2))
+
+
+def loss(model: nn.Module) -> Tensor:
+    return F.cross_entropy(model(X), Y % 3)
+
+
+def single_logits(model: nn.Module) -> list[Tensor]:
+    return [model(each[None]) for each in X]
+
+
+KERNELS: dict[str, tuple[tuple[int, ...], Use, int, int | None]] = {
+    "2d": ((4, 2, 3, 3), lambda x, w, b: F.conv2d(x, w, b, padding=1), 4, 4),
+    "2d by halves": (
+        (4, 1, 3, 3),
+        lambda x, w, b: F.conv2d(x, w, b, stride=2, dilation=2, groups=2),
+        4,
+        4,
+    ),
+    "2d same": ((4, 2, 3, 3), lambda x, w, b: F.conv2d(x, w, b, padding="same"), 4, None),
+    "1d": ((4, 2, 3), lambda x, w, b: F.conv1d(x.flatten(2), w, b), 4, 4),
+    "1d without a bias": ((4, 2, 3), lambda x, w, b: F.conv1d(x.flatten(2), w), 4, None),
+    "1d each channel": ((2, 1, 3), lambda x, w, b: F.conv1d(x.flatten(2), w, groups=2), 2, None),
+    "3d": ((4, 1, 2, 2, 2), lambda x, w, b: F.conv3d(x[:, None], w, b), 4, 4),
+    "transposed": (
+        (2, 2, 3, 3),
+        lambda x, w, b: F.conv_transpose2d(x, w, b, stride=2, output_padding=1),
+        2,
+        2,
+    ),
+    "transposed by halves": (
+        (2, 2, 3, 3),
+        lambda x, w, b: F.conv_transpose2d(x, w, b, stride=2, groups=2),
+        4,
+        4,
+    ),
+    "some rows": ((6, 2, 3, 3), lambda x, w, b: F.conv2d(x, w[2:]), 4, None),
+    "two strides": (
+        (4, 2, 3, 3),
+        lambda x, w, b: F.conv2d(x, w, b).mean(3) + F.conv2d(x, w, b, stride=2).amax(3).repeat(1, 1, 2),
+        4,
+        4,
+    ),
+    "two dilations": (
+        (4, 2, 3, 3),
+        lambda x, w, b: F.conv2d(x, w, b, padding=1) + F.conv2d(x, w, b, padding=2, dilation=2),
+        4,
+        4,
+    ),
+    "as a matrix": (
+        (4, 2, 6, 6),
+        lambda x, w, b: F.linear(x.flatten(1), w.flatten(1), b)[..., None],
+        4,
+        4,
+    ),
+    "squeezed": (
+        (4, 36, 1, 1),
+        lambda x, w, b: F.linear(x.flatten(2), w.squeeze(-1).squeeze(-1), b).mT,
+        4,
+        4,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KERNELS)
+def test_the_dense_matrix(kind: str) -> None:
+    torch.manual_seed(0)
+    shape, use, channels, bias = KERNELS[kind]
+    check(Kernel(shape, use, channels, bias), loss, single_logits, {"", "head"})
+
+
+def test_a_module_s_kernel_at_two_dilations() -> None:
+    """Each use is read with its own geometry."""
+
+    class Trident(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(2, 4, 3, padding=1), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            conv = self.conv
+            wide = F.conv2d(x, conv.weight, conv.bias, padding=2, dilation=2)
+            return self.head((conv(x).tanh() * wide).mean((2, 3)))
+
+    torch.manual_seed(0)
+    check(Trident(), loss, single_logits, {"conv", "head"})
+
+
+@pytest.mark.parametrize("columns", [True, False])
+def test_a_module_s_kernel_as_a_matrix(columns: bool) -> None:
+    class Patch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(2, 4, 6), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            w, x = self.conv.weight.flatten(1), x.flatten(1)
+            made = x @ w.T if columns else F.linear(x, w, self.conv.bias)
+            return self.head(made.tanh())
+
+    torch.manual_seed(0)
+    optimizer = check(Patch(), loss, single_logits, {"conv", "head"})
+    assert type(optimizer.blocks["conv"].layer) is LinearLayer
+
+
+@pytest.mark.parametrize(
+    ("use", "words"),
+    [
+        (
+            lambda x, w, b: F.conv2d(x, w)[..., 0] + F.linear(x.flatten(1), w.flatten(1))[..., None],
+            "beside another kind of product",
+        ),
+        (lambda x, w, b: F.conv2d(x[:, :, :, 0, None], w[:2, :1], groups=2), "SliceBackward0 before"),
+    ],
+)
+def test_what_is_not_known_is_said(use: Use, words: str) -> None:
+    torch.manual_seed(0)
+    model = Kernel((4, 2, 6, 6), use, 4).double()
+    if "Slice" in words:
+        model = Kernel((4, 2, 6, 1), use, 2).double()
+    optimizer = tekfac.EKFAC(model, **EXACT)
+    loss(model).backward()
+    with pytest.warns(RuntimeWarning, match="no curvature of layers ''.*" + words):
+        optimizer.step()
+    assert words in optimizer.treatment()["weight"]
+
+
+def test_positions_and_scales_are_no_kernels() -> None:
+    torch.manual_seed(0)
+    model = Kernel((2, 6, 6), lambda x, w, b: x * w, 2)
+    optimizer = tekfac.TEKFAC(model.double())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss(model).backward()
+        optimizer.step()
+    assert optimizer.treatment()["weight"].startswith("first order: used by MulBackward0")
+
+
+@pytest.mark.parametrize("kind", ["1d each channel", "2d by halves", "1d without a bias", "as a matrix"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_state_says_how_a_kernel_was_used(kind: str, method: str) -> None:
+    torch.manual_seed(0)
+    shape, use, channels, bias = KERNELS[kind]
+    models, ends = [Kernel(shape, use, channels, bias).double()], []
+    optimizers = [getattr(tekfac, method)(models[0], fisher="exact")]
+
+    def step(model: nn.Module, optimizer: tekfac.NaturalGradient) -> None:
+        optimizer.zero_grad()
+        loss(model).backward()
+        optimizer.step()
+
+    step(models[0], optimizers[0])
+    models.append(Kernel(shape, use, channels, bias).double())
+    optimizers.append(getattr(tekfac, method)(models[1], fisher="exact"))
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers[1].load_state_dict(optimizers[0].state_dict())
+    for model, optimizer in zip(models, optimizers, strict=True):
+        step(model, optimizer)
+        kind_of = type(optimizer.blocks[""].layer)
+        assert kind_of is (LinearLayer if kind == "as a matrix" else ConvLayer)
+        assert kind_of is not StackLayer
+        ends.append([p.detach() for p in model.parameters()])
+    for one, other in zip(*ends, strict=True):
+        assert torch.equal(one, other)
