@@ -1,7 +1,8 @@
-"""Tables whose entries are added up: each is a position with the sum's gradient times its weight."""
+"""Tables whose entries are added up: each is a position with the sum's gradient."""
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -77,7 +78,7 @@ def test_bags_of_one_length(mode: str, padding: int | None) -> None:
 def test_bags_of_any_length(mode: str, last: bool) -> None:
     torch.manual_seed(0)
     offsets = torch.tensor(ENDS if last else ENDS[:-1])
-    spans = list(zip(ENDS, ENDS[1:], strict=False))
+    spans = list(itertools.pairwise(ENDS))
 
     def alone(first: int, end: int) -> tuple[Tensor, Tensor]:
         return LIST[first:end], torch.tensor([0, end - first] if last else [0])

@@ -9,6 +9,7 @@ never held at once.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -178,6 +179,8 @@ class Measuring:
             return
         if not verdict.waits(seen.device) and not bool(seen.isfinite().all()):
             return
+        if not self._judges(here, number, gradient):
+            return
         with torch.no_grad(), torch.autocast(seen.device.type, enabled=False):
             task = torch._C._current_graph_task_id()
             if task != self._task:
@@ -345,7 +348,22 @@ class Measuring:
             self.uncounted.add(number)
         if bool((gradient != 0).any()):
             self._fitted[key] = fitted
+            if self.fisher is not None and (words := given.doubt(output, gradient)):
+                warnings.warn(
+                    "the loss is no cross entropy of the model's output of shape "
+                    f"{tuple(output.shape)} itself: {words}. The curvature is that of the output "
+                    "as returned: make what the loss is of in the model, or in output=",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
         return fitted
+
+    def _judges(self, here: Pass, number: int, gradient: Tensor | None) -> bool:
+        """Whether there is a gradient by which an output can be judged, or nothing to be judged."""
+        output = here.outputs[number]
+        if gradient is None or (here.places[number], output.dim()) in self._fitted:
+            return True
+        return here.likelihoods[number].judges(output, gradient)
 
     def _listen(
         self,

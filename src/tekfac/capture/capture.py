@@ -291,6 +291,8 @@ class Capture(Measuring):
                 self._wait(here, name, output, likelihood)
                 continue
             parts = behind(output, returned)
+            if _is_other(output, parts):
+                likelihood = likelihood.by_shape(output)
             if getattr(likelihood, "dim", 0) is None and not _alike(output, parts):
                 # Which dimension holds the classes is judged by the loss, which is not made of what
                 # output= made: by the tensors, then, that this was made of.
@@ -337,3 +339,13 @@ class Capture(Measuring):
 def _alike(output: Tensor, made_of: Sequence[Tensor]) -> bool:
     """Whether an output is made of one tensor, entry by entry as far as that can be seen."""
     return len(made_of) == 1 and made_of[0].shape == output.shape
+
+
+def _is_other(output: Tensor, made_of: Sequence[Tensor]) -> bool:
+    """Whether an output is more than another form of the one tensor that it is made of.
+
+    A part of it, or a mean; or an example without a batch dimension.
+    """
+    if len(made_of) != 1:
+        return False
+    return made_of[0].dim() < 2 or made_of[0].numel() != output.numel()

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tekfac import verdict
+from tekfac.capture.doubts import doubt_of
 from tekfac.checks import check_positive
 from tekfac.numerics import wide
 
@@ -32,6 +33,19 @@ class Likelihood(ABC):
             ValueError: if it does not fit them.
         """
         return self
+
+    def by_shape(self, output: Tensor) -> Likelihood:
+        """This likelihood, with what it left open decided by an output's shape, if that can be."""
+        return self
+
+    def judges(self, output: Tensor, gradient: Tensor) -> bool:
+        """Whether an output and the loss's gradient can decide anything that was left open."""
+        return True
+
+    def doubt(self, output: Tensor, gradient: Tensor) -> str:
+        """What the loss shows to have been done with an output outside of the model, "" for nothing
+        that is sure."""
+        return ""
 
     @abstractmethod
     def check(self, output: Tensor) -> None:
@@ -75,6 +89,8 @@ class Likelihood(ABC):
                     " (the loss itself, made by hand? Then return the output beside it, or make "
                     "the optimizer of the module in the model that returns that)"
                 )
+            elif output.dim() == 1 and output.is_floating_point():
+                loss = " (of a single example? Then output=lambda logits: logits[None])"
             raise ValueError(
                 f"the {type(self).__name__.lower()} likelihood needs {words}, got an output of "
                 f"shape {tuple(output.shape)} and dtype {output.dtype}{loss}; give likelihood=, or "
@@ -115,7 +131,7 @@ class Categorical(Likelihood):
     dim: int | None = None
     masked: bool | None = None
 
-    def fitted(self, output: Tensor, gradient: Tensor) -> Likelihood:
+    def fitted(self, output: Tensor, gradient: Tensor) -> Categorical:
         dims = output.dim()
         if self.dim is not None:
             return replace(self, dim=self.dim % dims - dims)
@@ -149,6 +165,26 @@ class Categorical(Likelihood):
                 'likelihood="gaussian" for a squared error, "bernoulli" for yes or no'
             )
         )
+
+    def by_shape(self, output: Tensor) -> Likelihood:
+        return replace(self, dim=1) if self.dim is None and output.dim() == 2 else self
+
+    def judges(self, output: Tensor, gradient: Tensor) -> bool:
+        if self.dim is not None or not bool((gradient != 0).any()):
+            return True
+        # A student that is its teacher still: what there is of a gradient is rounding.
+        finest = min(torch.finfo(gradient.dtype).eps, torch.finfo(torch.float32).eps)
+        if bool(gradient.abs().max() * gradient.numel() > 64 * finest):
+            return True
+        try:
+            self.fitted(output, gradient)
+        except ValueError:
+            return False
+        return True
+
+    def doubt(self, output: Tensor, gradient: Tensor) -> str:
+        dim = self.fitted(output, gradient)._dim if self.dim is None else None
+        return "" if dim is None else doubt_of(output, gradient, dim)
 
     @staticmethod
     def _looks_like_probabilities(output: Tensor) -> str:
@@ -229,6 +265,8 @@ class Categorical(Likelihood):
 
         pulls, weight, label = fits(1)
         pushes = fits(-1)[0] & ~pulls if g.shape[-1] > 2 else torch.zeros_like(pulls)
+        # Of softer targets some may look like one by chance.
+        pushes &= ((pulls | pushes) == there).all()
         highest = weight.new_full((g.shape[-1],), -math.inf)
         lowest = weight.new_full((g.shape[-1],), math.inf)
         highest = highest.scatter_reduce(0, label[:], weight.where(there, -math.inf), "amax")

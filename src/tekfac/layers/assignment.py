@@ -13,8 +13,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim.swa_utils import AveragedModel
 
-from tekfac.layers.convolution import ConvLayer, Geometry
+from tekfac.layers.convolution import ConvLayer
 from tekfac.layers.embedding import EmbeddingLayer
+from tekfac.layers.geometry import Geometry
 from tekfac.layers.layer import Layer
 from tekfac.layers.linear import LinearLayer
 from tekfac.layers.stack import StackLayer

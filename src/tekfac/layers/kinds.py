@@ -1,4 +1,4 @@
-"""Of what kind a layer is, which its first use may show to be another than its module let expect."""
+"""Of what kind a layer is: its first use may show another than its module let expect."""
 
 from __future__ import annotations
 

@@ -172,7 +172,9 @@ PRODUCTS: dict[str, tuple[Product, ...]] = {
             right=True,
             lookup=True,
             weights=_bag_weights,
-            fits=lambda node: node._saved_mode in (SUM, MEAN) and not node._saved_scale_grad_by_freq,
+            fits=lambda node: (
+                node._saved_mode in (SUM, MEAN) and not node._saved_scale_grad_by_freq
+            ),
         ),
     ),
     # A parameter that is indexed is a table, too.

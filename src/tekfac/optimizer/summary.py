@@ -94,11 +94,14 @@ class Summary:
         rule = "─" * max(len(line) for line in lines)
         trained = _count(self._trained)
         covered = _count(e for e in self.entries if e.block is not None)
-        waiting = f" ({_percent(self.share_waiting)} wait for a basis)" if self.share_waiting else ""
+        waiting = (
+            f" ({_percent(self.share_waiting)} wait for a basis)" if self.share_waiting else ""
+        )
         totals = (
             f"{self.method} after {self.step} steps: {trained:,} parameters trained, "
             f"{_percent(covered / max(1, trained))} in curvature blocks, "
-            f"{_percent(self.share_measured)} measured{waiting}; state {_mebibytes(self.state_bytes)} MiB"
+            f"{_percent(self.share_measured)} measured{waiting}; "
+            f"state {_mebibytes(self.state_bytes)} MiB"
         )
         return "\n".join([lines[0], rule, *lines[1:], rule, totals])
 

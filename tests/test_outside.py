@@ -1,0 +1,169 @@
+"""What is done with an output between the model and the loss: said, where the gradient shows it."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import tekfac
+from test_measured import labels, network, seeded, traces
+from test_uses import dense_fisher
+
+torch.set_num_threads(1)
+
+
+def warned_of(model: nn.Module, run: Callable[[nn.Module], Tensor], **options: Any) -> list[str]:
+    optimizer = tekfac.TEKFAC(model, **options)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run(model).backward()
+        optimizer.step()
+    return [str(warning.message) for warning in caught]
+
+
+def clear(classes: int = 4) -> nn.Sequential:
+    """A network that is rather sure of what it says."""
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, classes)).double()
+    with torch.no_grad():
+        model[2].weight *= 3
+    return model
+
+
+SHARES = torch.rand(8, 4, generator=torch.Generator().manual_seed(4)).double().softmax(1)
+CLASS_WEIGHTS = torch.tensor([1.0, 3.0, 0.2, 1.0]).double()
+OUTSIDE: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "divided": (lambda z: F.cross_entropy(z / 4, labels(8, classes=4)), "divided by 4"),
+    "in place": (lambda z: F.cross_entropy(z.mul_(2), labels(8, classes=4)), "divided by 0.5"),
+    "masked": (
+        lambda z: F.cross_entropy(z.masked_fill(torch.arange(4) == 3, -1e9), labels(8)),
+        "are left out",
+    ),
+    "a part": (lambda z: F.cross_entropy(z[:, :3], labels(8)), "are left out"),
+}
+KNOWN: dict[str, Callable[[Tensor], Tensor]] = {
+    "plain": lambda z: F.cross_entropy(z, labels(8, classes=4)),
+    "ignored": lambda z: F.cross_entropy(z, labels(8, classes=4).where(torch.arange(8) > 2, -100)),
+    "smoothed": lambda z: F.cross_entropy(z, labels(8, classes=4), label_smoothing=0.1),
+    "weighted": lambda z: F.cross_entropy(
+        z, labels(8, classes=4), weight=CLASS_WEIGHTS.to(z.dtype)
+    ),
+    "both": lambda z: F.cross_entropy(
+        z, labels(8, classes=4), weight=CLASS_WEIGHTS.to(z.dtype), label_smoothing=0.1
+    ),
+    "soft": lambda z: F.cross_entropy(z, SHARES),
+    "distilled": lambda z: F.kl_div(z.log_softmax(1), SHARES, reduction="batchmean"),
+    "likelihoods": lambda z: F.nll_loss(z.log_softmax(1), labels(8, classes=4)),
+    "advantages": lambda z: (
+        F.cross_entropy(z, labels(8, classes=4), reduction="none") * torch.linspace(-1, 2, 8)
+    ).mean(),
+    "focal": lambda z: (
+        -((1 - z.softmax(1)) ** 2 * z.log_softmax(1) * F.one_hot(labels(8, classes=4), 4)).mean()
+    ),
+    "scaled": lambda z: 1e4 * F.cross_entropy(z, labels(8, classes=4)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("kind", OUTSIDE)
+def test_what_is_done_with_logits_outside_is_said(kind: str, dtype: torch.dtype) -> None:
+    loss, words = OUTSIDE[kind]
+    x = seeded(8, 4).to(dtype)
+    found = warned_of(clear().to(dtype), lambda m: loss(m(x)))
+    assert len(found) == 1
+    assert "is no cross entropy of the model's output of shape (8, 4) itself" in found[0]
+    assert words in found[0]
+    # Nothing is judged where it is said what the output is.
+    assert not warned_of(
+        clear().to(dtype), lambda m: loss(m(x)), likelihood=tekfac.Categorical(dim=1)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KNOWN)
+def test_losses_that_are_known_are_not_doubted(kind: str, dtype: torch.dtype) -> None:
+    x, loss = seeded(8, 4).to(dtype), KNOWN[kind]
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    assert not warned_of(clear().to(dtype), lambda m: loss(m(x).to(wide)).to(wide))
+    if kind == "likelihoods":
+        model = nn.Sequential(*clear(), nn.LogSoftmax(1)).to(dtype)
+        assert not warned_of(model, lambda m: F.nll_loss(m(x), labels(8, classes=4)))
+
+
+def test_a_mean_over_positions_outside_is_said() -> None:
+    x = seeded(8, 3, 4)
+    loss: Callable[[nn.Module], Tensor] = lambda m: F.cross_entropy(m(x).mean(1), labels(8))  # noqa: E731
+    (words,) = warned_of(clear(3), loss)
+    assert "the same all along dimension 1" in words
+
+
+@pytest.mark.parametrize(
+    ("made", "places"),
+    [
+        (lambda z: z[..., :3], 1),
+        (lambda z: z.mean(1), 3),
+        (lambda z: z[:, -1], 3),
+    ],
+)
+def test_a_part_of_an_output_and_a_mean_in_output(
+    made: Callable[[Tensor], Tensor], places: int
+) -> None:
+    """No dimension but the second can hold the classes."""
+    model, x, y = clear(), seeded(6, places, 4), labels(6)
+    x = x[:, 0] if places == 1 else x
+    found = traces(model, lambda m: F.cross_entropy(made(m(x)), y), output=made)
+    for name, trace in found.items():
+        rows = [made(model(row[None])) for row in x]
+        truth = float(dense_fisher(rows, list(model[int(name)].parameters())).trace())
+        assert trace == pytest.approx(truth, rel=1e-9)
+
+
+def test_one_example_without_a_batch_dimension() -> None:
+    model, x, y = network(), seeded(4), labels(6)[1]
+    with pytest.raises(ValueError, match=r"of a single example\? Then output=lambda logits"):
+        traces(model, lambda m: F.cross_entropy(m(x), y))
+    found = traces(model, lambda m: F.cross_entropy(m(x), y), output=lambda logits: logits[None])
+    for name, trace in found.items():
+        truth = dense_fisher([model(x)[None]], list(model[int(name)].parameters()))
+        assert trace == pytest.approx(float(truth.trace()), rel=1e-9)
+
+
+def test_a_student_that_is_its_teacher_still() -> None:
+    """What there is of a gradient is rounding: nothing to judge the output by, for a step."""
+    model = clear().float()
+    teacher, x = copy.deepcopy(model), seeded(8, 4).float()
+    optimizer = tekfac.TEKFAC(model)
+    measured = []
+    for step in range(3):
+        with torch.no_grad():
+            shares = teacher(x + 0.01 * step).softmax(1)
+        optimizer.zero_grad()
+        F.kl_div(model(x).log_softmax(1), shares, reduction="batchmean").backward()
+        optimizer.step()
+        measured.append(optimizer.summary().share_measured)
+    assert measured[1:] == [1.0, 1.0]
+
+
+def test_frames_of_a_length_that_soft_targets_leave_out() -> None:
+    """Of three classes a soft target's gradient may look like an advantage's by chance."""
+    torch.manual_seed(0)
+    lengths = torch.tensor([8, 7, 6, 8, 5, 8])
+    model, x = clear(3), seeded(6, 8, 4)
+    targets = torch.tensor([[1, 2], [2, 1], [1, 1], [2, 2], [1, 2], [2, 1]])
+
+    def run(m: nn.Module) -> Tensor:
+        frames = m(x).log_softmax(-1).transpose(0, 1)
+        return F.ctc_loss(frames, targets, lengths, torch.full((6,), 2))
+
+    found = traces(model, run)
+    rows = [model(each[None])[0, :length] for each, length in zip(x, lengths, strict=True)]
+    for name, trace in found.items():
+        truth = dense_fisher(rows, list(model[int(name)].parameters()))
+        assert trace == pytest.approx(float(truth.trace()), rel=1e-9)
