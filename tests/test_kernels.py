@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 import tekfac
 from harness import METHODS
+from processes import together
 from tekfac.layers import ConvLayer, LinearLayer, StackLayer
 from test_uses import EXACT, check
 
@@ -205,3 +208,61 @@ def test_a_state_says_how_a_kernel_was_used(kind: str, method: str) -> None:
         ends.append([p.detach() for p in model.parameters()])
     for one, other in zip(*ends, strict=True):
         assert torch.equal(one, other)
+
+
+class Mixed(nn.Module):
+    """Layers that are of another kind than they seem before their first use.
+
+    A kernel for each channel, one of three dimensions, one that is multiplied as a matrix, and
+    bags; the last two for batches with a positive sum only.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.each, self.line = (
+            nn.Parameter(torch.randn(2, 1, 3, 3)),
+            nn.Parameter(torch.randn(4, 2, 3)),
+        )
+        self.patch, self.bag = nn.Conv2d(2, 4, 6), nn.EmbeddingBag(7, 4, mode="sum")
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.conv2d(x, self.each, padding=1, groups=2).tanh()
+        y = F.conv1d(y.flatten(2), self.line).tanh().mean(2)
+        if x.sum() > 0:
+            y = y + F.linear(x.flatten(1), self.patch.weight.flatten(1), self.patch.bias)
+            y = y * self.bag((x[:, 0, :, 0].abs() * 3).long().clamp_max(6))
+        return self.head(y)
+
+
+def on_ranks(method: str, data: list[Tensor], options: dict[str, Any]) -> list[Tensor]:
+    torch.manual_seed(0)
+    model = Mixed().double()
+    called = DistributedDataParallel(model, find_unused_parameters=True)
+    optimizer = getattr(tekfac, method)(called, **options)
+    for x in data:
+        optimizer.zero_grad()
+        F.cross_entropy(called(x[dist.get_rank()]), Y[:3] % 3).backward()
+        optimizer.step()
+    return [p.detach().clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("placement", ["replicated", "sharded"])
+@pytest.mark.parametrize("method", ["KFAC", "TEKFAC"])
+def test_a_rank_that_has_not_seen_a_layer_learns_its_kind(method: str, placement: str) -> None:
+    # One half is positive: the layers of the other branch are seen by one rank alone.
+    halves = torch.randn(3, 2, 3, 2, 6, 6, generator=torch.Generator().manual_seed(3)).double()
+    data = [torch.stack([-x[0].abs(), x[1].abs()]) for x in halves]
+    every = {"factor_every": 1, "basis_every": 1, "interval_warmup": False, "fisher": "exact"}
+    options = every | ({"scale_every": 1} if method == "TEKFAC" else {})
+    torch.manual_seed(0)
+    model = Mixed().double()
+    optimizer = getattr(tekfac, method)(model, **options)
+    for x in data:
+        optimizer.zero_grad()
+        for half in x:
+            (F.cross_entropy(model(half), Y[:3] % 3) / 2).backward()
+        optimizer.step()
+    for found in together(2, on_ranks, method, data, options | {"placement": placement}):
+        for p, expected in zip(found, model.parameters(), strict=True):
+            torch.testing.assert_close(p, expected)
