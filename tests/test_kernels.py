@@ -266,3 +266,48 @@ def test_a_rank_that_has_not_seen_a_layer_learns_its_kind(method: str, placement
     for found in together(2, on_ranks, method, data, options | {"placement": placement}):
         for p, expected in zip(found, model.parameters(), strict=True):
             torch.testing.assert_close(p, expected)
+
+
+class Heads(nn.Module):
+    """A weight with a dimension for heads, between two layers."""
+
+    def __init__(self, shape: tuple[int, ...], use: Use, channels: int) -> None:
+        super().__init__()
+        self.before, self.weight = nn.Linear(6, 6), nn.Parameter(torch.randn(shape) / 3)
+        self.use, self.head = use, nn.Linear(channels, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = self.use(self.before(x.flatten(1, 2)).tanh(), self.weight, None)
+        return self.head(made.tanh().flatten(2).mean(1))
+
+
+# Rows are (N, T, d), of a matrix whose second dimension is made of two.
+OF_HEADS: dict[str, tuple[tuple[int, ...], Use, int]] = {
+    "into heads": ((6, 2, 4), lambda x, w, b: torch.einsum("ntd,dhk->nthk", x, w), 8),
+    "heads first": (
+        (6, 2, 4),
+        lambda x, w, b: torch.einsum("ntd,dhk->nhtk", x, w).transpose(1, 2),
+        8,
+    ),
+    "out of heads": (
+        (4, 2, 3),
+        lambda x, w, b: torch.einsum("nthk,dhk->ntd", x.unflatten(2, (2, 3)), w),
+        4,
+    ),
+    "positions first": (
+        (6, 2, 4),
+        lambda x, w, b: torch.einsum("tnd,dhk->tnhk", x.transpose(0, 1), w).transpose(0, 1),
+        8,
+    ),
+    "tensordot": ((6, 2, 4), lambda x, w, b: torch.tensordot(x, w, 1), 8),
+    "flattened": ((4, 2, 3), lambda x, w, b: F.linear(x, w.flatten(1)), 4),
+    "three": ((6, 3, 2, 4), lambda x, w, b: torch.einsum("ntd,dchk->ntchk", x, w).sum(2), 8),
+}
+
+
+@pytest.mark.parametrize("kind", OF_HEADS)
+def test_a_dimension_for_heads(kind: str) -> None:
+    """As XLNet has it: a matrix, and no stack of them."""
+    torch.manual_seed(0)
+    optimizer = check(Heads(*OF_HEADS[kind]), loss, single_logits, {"before", "", "head"})
+    assert type(optimizer.blocks[""].layer) is LinearLayer

@@ -150,15 +150,17 @@ class Measuring:
         )
         self.reentrant |= found.reentrant
         self.compiled |= found.compiled
-        convolved: dict[str, int] = {}
+        kinds: dict[str, tuple[int, int]] = {}
         for use in found.uses:
             reading, name = use.reading, use.name
             looked_up = False
             if name in self._settled or not self.blocks[name].empty:
                 # What was measured of a table is the curvature of lookups alone.
                 looked_up = reading.layer.looked_up
-                convolved[name] = reading.layer.form.convolved
-            other = reading.convolved != convolved.setdefault(name, reading.convolved)
+                form = reading.layer.form
+                kinds[name] = form.convolved, form.stacked
+            as_seen = reading.convolved, int(reading.stacked)
+            other = as_seen != kinds.setdefault(name, as_seen)
             if other or (looked_up and not reading.product.lookup):
                 words = f"{use.node.name()} beside another kind of product"
                 found.strange.setdefault(name, words if other else use.node.name())
@@ -231,6 +233,7 @@ class Measuring:
                 looked_up=all(reading.product.lookup for reading in own),
                 turned=layer.form.turned,
                 convolved=use.reading.convolved,
+                stacked=use.reading.stacked,
             )
             if not form.convolved and all(reading.swapped for reading in own):
                 form = form._replace(turned=not form.turned)

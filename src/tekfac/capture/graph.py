@@ -202,8 +202,8 @@ def search(
                 open_nodes.append(child)
             seen.add(child)
             consumers.setdefault(child, consumer)
-            if shape:
-                leads.setdefault(child, shape[:-1])
+            if shape and not nested(child):
+                leads.setdefault(child, _lead(child, shape))
     found.uses = [use for use in found.uses if use.node not in inner]
     for node, view, product in added:
         name = owner.get(view.parameter)
@@ -225,6 +225,18 @@ def search(
                     for other in others
                 )
     return found
+
+
+def _lead(node: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of the form in which a result is used, the dimensions that count its rows.
+
+    The others may be several: heads, and what each has.
+    """
+    rows = math.prod(tuple(node._input_metadata[0].shape)[:-1])
+    for dims in range(len(shape) - 1, 0, -1):
+        if math.prod(shape[:dims]) == rows:
+            return shape[:dims]
+    return shape[:-1]
 
 
 def _named(node: Any) -> str:
@@ -252,7 +264,11 @@ def _uses(
             cut = weight is not None and weight.rows is not None and geometry.groups > 1
             if cut or (weight is not None and weight.turned):
                 continue
-        elif isinstance(layer, StackLayer) == (weight is None or weight.member is None):
+        elif weight is not None and weight.member is not None:
+            if not isinstance(layer, StackLayer):
+                continue
+        elif product.lookup and layer.full.dim() > 2:
+            # Each entry is a matrix: too wide for a block.
             continue
         metadata: Any = node
         shape = tuple(metadata._input_metadata[0].shape)

@@ -58,6 +58,11 @@ class Reading:
         return 0 if self.geometry is None else self.geometry.groups
 
     @property
+    def stacked(self) -> bool:
+        """Whether the weight's first dimension counts matrices."""
+        return self.view is not None and self.view.member is not None
+
+    @property
     def plain(self) -> bool:
         """Whether the parameter's first dimension is the output's."""
         return not (self.swapped or self.layer.form.turned)

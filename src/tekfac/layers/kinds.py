@@ -7,6 +7,7 @@ from tekfac.layers.embedding import EmbeddingLayer
 from tekfac.layers.geometry import Geometry
 from tekfac.layers.layer import Form, Layer
 from tekfac.layers.linear import LinearLayer
+from tekfac.layers.stack import StackLayer
 
 
 def as_used(layer: Layer, form: Form) -> Layer:
@@ -24,8 +25,8 @@ def as_used(layer: Layer, form: Form) -> Layer:
             geometry = Geometry.plain(full.dim() - 2, form.convolved)
             layer = ConvLayer(name, full, weight, bias, geometry)
         return layer
-    if isinstance(layer, ConvLayer):
-        layer = LinearLayer(name, full, weight, bias)
+    if isinstance(layer, ConvLayer) or (isinstance(layer, StackLayer) and not form.stacked):
+        layer = LinearLayer(name, full, weight, bias, bool(layer.form.turned))
     assert isinstance(layer, LinearLayer)
     if form.looked_up != layer.looked_up:
         kind = EmbeddingLayer if form.looked_up else LinearLayer

@@ -35,12 +35,14 @@ class Form(NamedTuple):
         looked_up: whether it is looked up, and never multiplied.
         turned: whether the parameter is ``Wᵀ``.
         convolved: in how many groups of channels it is convolved; 0 for none.
+        stacked: whether its first dimension counts matrices.
     """
 
     bias: int
     looked_up: int = 0
     turned: int = 0
     convolved: int = 0
+    stacked: int = 0
 
 
 class Layer(ABC):

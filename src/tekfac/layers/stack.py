@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from tekfac.layers.layer import Form
 from tekfac.layers.linear import LinearLayer
 
 
@@ -14,6 +15,10 @@ class StackLayer(LinearLayer):
     """
 
     apart = True
+
+    @property
+    def form(self) -> Form:
+        return super().form._replace(stacked=1)
 
     def _measure(self) -> None:
         self.groups, rows, columns = self.full.shape

@@ -292,7 +292,7 @@ class View:
         while node is not None and node.name() in RESHAPES:
             path.append(node)
             node = node.next_functions[0][0]
-        if node is None or node.name() != ACCUMULATE or node.variable.dim() not in (2, 3):
+        if node is None or node.name() != ACCUMULATE or node.variable.dim() < 2:
             return None
         p = node.variable
         seen = torch.empty(p.shape, device="meta")
@@ -301,17 +301,18 @@ class View:
                 seen = RESHAPES[each.name()](each, seen)
         except RuntimeError:  # a copy in another order
             return None
-        if p.dim() == 2 and seen.dim() == 3:
+        takers = frozenset(path[-1:])
+        if p.dim() == 3:
+            turned = _turned(seen, seen.new_empty(p.shape))
+            if turned is not None:
+                return cls(p, turned, member=EACH, takers=takers)
+        if seen.dim() == 3:
             if len(seen) > 1 and seen.stride(0) != 0:
                 return None
             seen = seen[0]
-        member = EACH if p.dim() == 3 else None
-        for turned, like in ((False, seen.new_empty(p.shape)), (True, seen.new_empty(p.shape).mT)):
-            if seen.shape == like.shape:
-                steps = zip(seen.shape, seen.stride(), like.stride(), strict=True)
-                if all(n == 1 or a == b for n, a, b in steps):
-                    return cls(p, turned, member=member, takers=frozenset(path[-1:]))
-        return None
+        # Of more dimensions, such as heads, all after the first are one of the matrix.
+        turned = _turned(seen, seen.new_empty(p.shape).flatten(1))
+        return None if turned is None else cls(p, turned, takers=takers)
 
     @classmethod
     def made_of(cls, edge: tuple[Any, int], known: Collection[nn.Parameter]) -> View | None:
@@ -347,6 +348,16 @@ class View:
             return None
         own = frozenset(taken[found[0]])
         return cls(found[0], turned, takers=own, made=(node, number), inner=frozenset(inner))
+
+
+def _turned(seen: Tensor, like: Tensor) -> bool | None:
+    """Whether a view is another transposed, or the same; None if it is neither."""
+    for turned, other in ((False, like), (True, like.mT)):
+        if seen.shape == other.shape:
+            steps = zip(seen.shape, seen.stride(), other.stride(), strict=True)
+            if all(n == 1 or a == b for n, a, b in steps):
+                return turned
+    return None
 
 
 # All members of a stack.

@@ -33,6 +33,7 @@ def layout_of(groups: Groups, blocks: Blocks) -> dict[str, dict[str, Any]]:
             "shape": list(block.shape),
             "looked_up": block.layer.looked_up,
             "convolved": block.layer.form.convolved,
+            "stacked": block.layer.form.stacked,
             "transposed": getattr(block.layer, "transposed", False),
             "parameters": [index[p] for p in block.layer.parameters],
         }
@@ -215,6 +216,7 @@ def check_fits(
             form = form._replace(
                 looked_up=each.get("looked_up", False),
                 convolved=each.get("convolved", form.convolved),
+                stacked=each.get("stacked", form.stacked),
             )
             layer = as_used(layer, form)
             # Which way round a square matrix is was not kept in older states.
