@@ -535,6 +535,30 @@ def test_a_layer_that_is_not_seen_any_more_is_told_of() -> None:
 # -- what an optimizer says of itself --------------------------------------------------------------
 
 
+def test_a_summary_tells_what_waits_from_what_was_not_measured() -> None:
+    """Bases of wide layers come one after the other; a layer that did not run has nothing."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Linear(700, 700) for _ in range(5)], nn.Linear(700, 3))
+    model.unused = nn.Linear(10, 10)
+    model.forward = lambda x: nn.Sequential.forward(model[:6], x)
+    optimizer = tekfac.TEKFAC(model)
+    F.cross_entropy(model(torch.randn(2, 700)), labels(2)).backward()
+    optimizer.step()
+    found = optimizer.summary()
+    waiting = {entry.name for entry in found.entries if entry.waiting}
+    own = {name: block for name, block in optimizer.blocks.items() if block.empty}
+    assert {"unused"} < own.keys()
+    assert waiting == {f"{n}.{p}" for n in own if n != "unused" for p in ("weight", "bias")}
+    total = sum(p.numel() for p in model.parameters())
+    assert found.share_measured == pytest.approx(1 - 110 / total)
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    assert found.share_waiting == pytest.approx(sum(sizes[name] for name in waiting) / total)
+    assert "wait for a basis)" in str(found)
+    words = optimizer.treatment()
+    assert all("until the turn of its first basis" in words[name] for name in waiting)
+    assert "until its curvature is measured" in words["unused.weight"]
+
+
 def test_a_summary_tells_sizes_and_what_was_measured() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(

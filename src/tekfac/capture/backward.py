@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from tekfac import verdict
 from tekfac.capture.delivery import Delivery, Expected
+from tekfac.capture.doubts import doubt_of, is_rounding
 from tekfac.capture.examples import Examples, Order, projected
 from tekfac.capture.fisher import ExactFisher, Fisher
 from tekfac.capture.graph import (
@@ -33,7 +34,7 @@ from tekfac.capture.graph import (
     read_scales,
     search,
 )
-from tekfac.capture.likelihoods import Likelihood
+from tekfac.capture.likelihoods import Likelihood, is_open
 from tekfac.capture.observer import Observer, cleared
 from tekfac.capture.passes import Overheard, Pass
 from tekfac.layers import Assignment, Form, as_used
@@ -351,7 +352,10 @@ class Measuring:
             self.uncounted.add(number)
         if bool((gradient != 0).any()):
             self._fitted[key] = fitted
-            if self.fisher is not None and (words := given.doubt(output, gradient)):
+            words = ""
+            if self.fisher is not None and is_open(given):
+                words = doubt_of(output, gradient, getattr(fitted, "dim", -1))
+            if words:
                 warnings.warn(
                     "the loss is no cross entropy of the model's output of shape "
                     f"{tuple(output.shape)} itself: {words}. The curvature is that of the output "
@@ -363,10 +367,16 @@ class Measuring:
 
     def _judges(self, here: Pass, number: int, gradient: Tensor | None) -> bool:
         """Whether there is a gradient by which an output can be judged, or nothing to be judged."""
-        output = here.outputs[number]
+        given, output = here.likelihoods[number], here.outputs[number]
         if gradient is None or (here.places[number], output.dim()) in self._fitted:
             return True
-        return here.likelihoods[number].judges(output, gradient)
+        if not is_open(given) or not is_rounding(gradient):
+            return True
+        try:
+            given.fitted(output, gradient)
+        except ValueError:
+            return False
+        return True
 
     def _listen(
         self,

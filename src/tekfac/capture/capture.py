@@ -10,6 +10,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from tekfac.capture.graph import (
     source_of,
 )
 from tekfac.capture.hook import Hook, drop_inert
-from tekfac.capture.likelihoods import Likelihood
+from tekfac.capture.likelihoods import Likelihood, is_open
 from tekfac.capture.losses import fed_into, is_compared, losses_in
 from tekfac.capture.observer import Observer
 from tekfac.capture.outputs import find_outputs, tensors_of
@@ -291,9 +292,9 @@ class Capture(Measuring):
                 self._wait(here, name, output, likelihood)
                 continue
             parts = behind(output, returned)
-            if _is_other(output, parts):
-                likelihood = likelihood.by_shape(output)
-            if getattr(likelihood, "dim", 0) is None and not _alike(output, parts):
+            if is_open(likelihood) and output.dim() == 2 and _is_other(output, parts):
+                likelihood = replace(likelihood, dim=1)
+            if is_open(likelihood) and not _alike(output, parts):
                 # Which dimension holds the classes is judged by the loss, which is not made of what
                 # output= made: by the tensors, then, that this was made of.
                 for each in parts:

@@ -56,6 +56,12 @@ def doubt_of(logits: Tensor, gradient: Tensor, dim: int) -> str:
     return _power(log_p, g)
 
 
+def is_rounding(gradient: Tensor) -> bool:
+    """Whether all that there is of a gradient may be rounding: a student's that is its teacher."""
+    finest = min(torch.finfo(gradient.dtype).eps, torch.finfo(torch.float32).eps)
+    return 0 < float(gradient.abs().max()) * gradient.numel() < 64 * finest
+
+
 def _power(log_p: Tensor, g: Tensor) -> str:
     """Whether gradients ``(M, C)`` are those of other logits, of which these are a multiple."""
     others = g > 0

@@ -7,13 +7,13 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from tekfac import verdict
-from tekfac.capture.doubts import doubt_of
 from tekfac.checks import check_positive
 from tekfac.numerics import wide
 
@@ -33,19 +33,6 @@ class Likelihood(ABC):
             ValueError: if it does not fit them.
         """
         return self
-
-    def by_shape(self, output: Tensor) -> Likelihood:
-        """This likelihood, with what it left open decided by an output's shape, if that can be."""
-        return self
-
-    def judges(self, output: Tensor, gradient: Tensor) -> bool:
-        """Whether an output and the loss's gradient can decide anything that was left open."""
-        return True
-
-    def doubt(self, output: Tensor, gradient: Tensor) -> str:
-        """What the loss shows to have been done with an output outside of the model, "" for nothing
-        that is sure."""
-        return ""
 
     @abstractmethod
     def check(self, output: Tensor) -> None:
@@ -131,7 +118,7 @@ class Categorical(Likelihood):
     dim: int | None = None
     masked: bool | None = None
 
-    def fitted(self, output: Tensor, gradient: Tensor) -> Categorical:
+    def fitted(self, output: Tensor, gradient: Tensor) -> Likelihood:
         dims = output.dim()
         if self.dim is not None:
             return replace(self, dim=self.dim % dims - dims)
@@ -165,26 +152,6 @@ class Categorical(Likelihood):
                 'likelihood="gaussian" for a squared error, "bernoulli" for yes or no'
             )
         )
-
-    def by_shape(self, output: Tensor) -> Likelihood:
-        return replace(self, dim=1) if self.dim is None and output.dim() == 2 else self
-
-    def judges(self, output: Tensor, gradient: Tensor) -> bool:
-        if self.dim is not None or not bool((gradient != 0).any()):
-            return True
-        # A student that is its teacher still: what there is of a gradient is rounding.
-        finest = min(torch.finfo(gradient.dtype).eps, torch.finfo(torch.float32).eps)
-        if bool(gradient.abs().max() * gradient.numel() > 64 * finest):
-            return True
-        try:
-            self.fitted(output, gradient)
-        except ValueError:
-            return False
-        return True
-
-    def doubt(self, output: Tensor, gradient: Tensor) -> str:
-        dim = self.fitted(output, gradient)._dim if self.dim is None else None
-        return "" if dim is None else doubt_of(output, gradient, dim)
 
     @staticmethod
     def _looks_like_probabilities(output: Tensor) -> str:
@@ -285,6 +252,11 @@ class Categorical(Likelihood):
 
     def _entries(self, output: Tensor) -> int:
         return output.shape[self._dim]
+
+
+def is_open(likelihood: Likelihood) -> TypeGuard[Categorical]:
+    """Whether the dimension of its classes is to be found out."""
+    return isinstance(likelihood, Categorical) and likelihood.dim is None
 
 
 @dataclass(frozen=True)

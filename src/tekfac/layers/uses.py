@@ -32,8 +32,6 @@ class Product:
         input: gives the other operand, as it was saved.
         lookup: whether it is one-hot rows, given as the numbers of the entries, ``(R,)``, -1 for a
             row of zeros.
-        weights: where a row is the sum of up to ``L`` of these, what each is multiplied with,
-            ``(R, L)``, as the numbers are then.
         right: whether the weight stands to the right as ``Wᵀ`` (``d_in × d_out``).
         left: whether it stands to the left as ``W``, and inputs are columns.
         geometry: gives a convolution's; None for a matrix product.
@@ -41,13 +39,14 @@ class Product:
         batched: whether it multiplies a batch of matrices, each with its own rows.
         fits: whether a node of the kind is such a product at all.
         ends: where those of each matrix end, ``(E,)``, if they lie one after the other, ``(R, d)``.
+        weights: where a row is the sum of up to ``L`` looked up ones, what each is multiplied with,
+            ``(R, L)``, as the numbers of the entries are then.
     """
 
     weight: int
     bias: int | None
     input: Callable[[Any], Tensor | None]
     lookup: bool = False
-    weights: Callable[[Any], Tensor] | None = None
     right: bool = False
     left: bool = False
     geometry: Callable[[Any], Geometry] | None = None
@@ -55,6 +54,7 @@ class Product:
     batched: bool = False
     fits: Callable[[Any], bool] = lambda node: True
     ends: Callable[[Any], Tensor] | None = None
+    weights: Callable[[Any], Tensor] | None = None
 
 
 def _geometry(node: Any) -> Geometry:
