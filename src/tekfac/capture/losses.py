@@ -16,7 +16,8 @@ from torch.autograd.graph import GradientEdge
 from tekfac.capture.graph import VIEWS
 from tekfac.capture.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from tekfac.capture.outputs import tensors_of
-from tekfac.layers.uses import axis_of, multiplies
+from tekfac.layers.saved import axis_of
+from tekfac.layers.uses import multiplies
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,16 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from tekfac.layers.geometry import Geometry
-from tekfac.numerics import wide
+from tekfac.layers.saved import (
+    adds_up,
+    axis_of,
+    bag_weights,
+    bags,
+    entries,
+    indexed,
+    indexes_rows,
+    sizes_of,
+)
 
 
 @dataclass(frozen=True)
@@ -71,58 +80,6 @@ def _geometry(node: Any) -> Geometry:
     )
 
 
-def _entries(node: Any) -> Tensor:
-    """The numbers of the entries that were looked up, -1 for padding, ``(R,)``."""
-    entries: Tensor = node._saved_indices.flatten().long()
-    return entries.where(entries != node._saved_padding_idx, -1)
-
-
-def _bags(node: Any) -> Tensor:
-    """The numbers of the entries in each bag, ``(R, L)``, filled up with -1."""
-    indices: Tensor = node._saved_indices.flatten().long()
-    return _by_bag(node, indices.where(indices != axis_of(node._saved_padding_idx), -1), -1)
-
-
-def _bag_weights(node: Any) -> Tensor:
-    """What each entry of a bag is multiplied with, ``(R, L)``."""
-    weights = node._saved_per_sample_weights
-    if weights is not None:
-        return _by_bag(node, weights.detach().flatten(), 0)
-    inside = (_bags(node) >= 0).to(wide(node._input_metadata[0].dtype))
-    if node._saved_mode == MEAN:
-        inside /= inside.sum(1, keepdim=True).clamp_min(1)
-    return inside
-
-
-def _by_bag(node: Any, values: Tensor, filling: int) -> Tensor:
-    """Values of the entries ``(E,)`` that lie bag by bag, as ``(R, L)``."""
-    bags = node._input_metadata[0].shape[0]
-    # There may be one more, where the last ends.
-    starts = node._saved_offsets[:bags].long()
-    numbers = torch.arange(len(values), device=values.device)
-    bag = torch.searchsorted(starts, numbers, right=True) - 1
-    within = numbers - starts[bag]
-    length = int(within.max()) + 1 if len(values) else 1
-    return values.new_full((bags, length), filling).index_put_((bag, within), values)
-
-
-def _indexed(node: Any) -> Tensor:
-    """The numbers of the entries that one tensor of indices, or a mask of entries, took."""
-    index: Tensor = node._saved_indices[0].flatten()
-    if index.dtype in (torch.bool, torch.uint8):
-        return index.nonzero().flatten()
-    return index.long() % _sizes(node)[0]
-
-
-def _indexes_rows(node: Any) -> bool:
-    """Whether whole rows are taken, by one tensor of indices."""
-    # As they were saved: activation checkpointing would run again to give the tensors.
-    return len(node._raw_saved_indices) == 1 and len(node._input_metadata[0].shape) > 1
-
-
-# As autograd numbers what becomes of a bag.
-SUM, MEAN = 0, 1
-
 PRODUCTS: dict[str, tuple[Product, ...]] = {
     "AddmmBackward0": (
         Product(2, 0, lambda node: node._saved_mat1, right=True),
@@ -157,7 +114,7 @@ PRODUCTS: dict[str, tuple[Product, ...]] = {
         Product(
             0,
             None,
-            _entries,
+            entries,
             right=True,
             lookup=True,
             # What it gives the table then is no gradient of the loss.
@@ -168,25 +125,23 @@ PRODUCTS: dict[str, tuple[Product, ...]] = {
         Product(
             0,
             None,
-            _bags,
+            bags,
             right=True,
             lookup=True,
-            weights=_bag_weights,
-            fits=lambda node: (
-                node._saved_mode in (SUM, MEAN) and not node._saved_scale_grad_by_freq
-            ),
+            weights=bag_weights,
+            fits=adds_up,
         ),
     ),
     # A parameter that is indexed is a table, too.
-    "IndexBackward0": (Product(0, None, _indexed, right=True, lookup=True, fits=_indexes_rows),),
+    "IndexBackward0": (Product(0, None, indexed, right=True, lookup=True, fits=indexes_rows),),
     "IndexSelectBackward0": (
         Product(
             0,
             None,
-            lambda node: node._saved_index.flatten() % _sizes(node)[0],
+            lambda node: node._saved_index.flatten() % sizes_of(node)[0],
             right=True,
             lookup=True,
-            fits=lambda node: node._saved_dim == 0 and len(_sizes(node)) > 1,
+            fits=lambda node: node._saved_dim == 0 and len(sizes_of(node)) > 1,
         ),
     ),
     # Where a device has a kernel of its own for the whole layer.
@@ -267,12 +222,12 @@ class View:
                 if (
                     rows is not None
                     or member is not None
-                    or node._saved_dim % len(_sizes(node)) != 0
+                    or node._saved_dim % len(sizes_of(node)) != 0
                 ):
                     return None
                 first, rows = SPLITS[name](node, number)
             elif name in FLATTENS:
-                if _sizes(node)[:1] != tuple(node._input_metadata[0].shape)[:1]:
+                if sizes_of(node)[:1] != tuple(node._input_metadata[0].shape)[:1]:
                     return None
                 flat = True
             elif name not in SAME:
@@ -393,11 +348,6 @@ RESHAPES: dict[str, Callable[[Any, Tensor], Tensor]] = {
 }
 
 
-def axis_of(saved: int) -> int:
-    """An axis; autograd keeps one that is counted from the end as an unsigned number."""
-    return saved - 2**64 if saved >= 2**63 else saved
-
-
 # Nodes of a function that makes a weight; what has more is made of the model's input.
 FUNCTION = 64
 
@@ -427,10 +377,6 @@ def multiplies(kind: str) -> bool:
     return any(part in kind for part in ("mm", "Mm", "Mv", "mv", "Convolution", "Linear", "Rnn"))
 
 
-def _sizes(node: Any) -> tuple[int, ...]:
-    return tuple(node._saved_self_sym_sizes)
-
-
 def _turns(node: Any) -> bool:
     """Whether a permutation is that of a matrix's two dimensions, or those of all in a stack."""
     dims = len(node._input_metadata[0].shape)
@@ -442,7 +388,7 @@ def _turns(node: Any) -> bool:
 
 
 def _slice(node: Any, number: int) -> tuple[int, int | None]:
-    size = _sizes(node)[0]
+    size = sizes_of(node)[0]
     start = node._saved_start % size if node._saved_start < 0 else min(node._saved_start, size)
     return start, node._input_metadata[0].shape[0]
 
