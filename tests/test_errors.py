@@ -356,7 +356,10 @@ FITS = r"; give likelihood=, or output= to pick the right tensor$"
          r"^the categorical likelihood needs logits of shape \(N, classes, \.\.\.\), got an output "
          rf"of shape \(5,\) and dtype torch\.int64{FITS}"),
         ("categorical", lambda out: out[:, 0],
-         rf"^the categorical likelihood needs .*, got an output of shape \(5,\) .*float32{FITS}"),
+         rf"^the categorical likelihood needs .*, got an output of shape \(5,\) .*float32 "
+         r'\(one logit for each example is likelihood="bernoulli"; for all logits of a '
+         r"single one give "
+         rf"output=lambda logits: logits\[None\]\){FITS}"),
         ("categorical", lambda out: out.mean(),
          rf"^the categorical likelihood needs .*, got an output of shape \(\) .*{FITS}"),
         (tekfac.Categorical(dim=-1), lambda out: out[:, 0],

@@ -127,7 +127,7 @@ def test_a_part_of_an_output_and_a_mean_in_output(
 
 def test_one_example_without_a_batch_dimension() -> None:
     model, x, y = network(), seeded(4), labels(6)[1]
-    with pytest.raises(ValueError, match=r"of a single example\? Then output=lambda logits"):
+    with pytest.raises(ValueError, match=r"of a single one give output=lambda logits"):
         traces(model, lambda m: F.cross_entropy(m(x), y))
     found = traces(model, lambda m: F.cross_entropy(m(x), y), output=lambda logits: logits[None])
     for name, trace in found.items():

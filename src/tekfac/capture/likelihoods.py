@@ -77,7 +77,10 @@ class Likelihood(ABC):
                     "the optimizer of the module in the model that returns that)"
                 )
             elif output.dim() == 1 and output.is_floating_point():
-                loss = " (of a single example? Then output=lambda logits: logits[None])"
+                loss = (
+                    ' (one logit for each example is likelihood="bernoulli"; for all logits of a '
+                    "single one give output=lambda logits: logits[None])"
+                )
             raise ValueError(
                 f"the {type(self).__name__.lower()} likelihood needs {words}, got an output of "
                 f"shape {tuple(output.shape)} and dtype {output.dtype}{loss}; give likelihood=, or "
