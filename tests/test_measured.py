@@ -201,6 +201,33 @@ def test_what_is_no_softmax_is_refused() -> None:
     optimizer.step()
 
 
+class Similar(nn.Module):
+    """How far one view's features point along another's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.tower = nn.Linear(4, 5).double()
+        self.others = seeded(6, 5, seed=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.tower(x).tanh() @ self.others.T
+
+
+def test_similarities_compared_along_both_dimensions() -> None:
+    model, x, pairs = Similar(), seeded(6, 4), torch.arange(6)
+
+    def run(m: nn.Module) -> Tensor:
+        similar = m(x)
+        return (F.cross_entropy(similar, pairs) + F.cross_entropy(similar.T, pairs)) / 2
+
+    with pytest.raises(ValueError, match=r"compared along both .*Categorical\(dim=-1\)"):
+        traces(model, run)
+    found = traces(model, run, likelihood=tekfac.Categorical(dim=-1))
+    truth = dense_fisher([model(row[None]) for row in x], list(model.tower.parameters()))
+    assert found["tower"] == pytest.approx(float(truth.trace()), rel=1e-9)
+
+
 @pytest.mark.parametrize(("masked", "counted"), [(None, 40), (False, 40), (True, 4)])
 def test_an_advantage_of_zero_is_not_a_mask(masked: bool | None, counted: int) -> None:
     model, x, action = network(), seeded(40, 4), labels(40)

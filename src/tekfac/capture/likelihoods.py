@@ -144,12 +144,20 @@ class Categorical(Likelihood):
             return replace(self, dim=fits[0] - dims)
         words = "along several dimensions" if fits else "along no dimension"
         likely = self._looks_like_probabilities(output)
+        total = gradient.sum(dtype=torch.float64).abs() / gradient.abs().sum(dtype=torch.float64)
+        square = dims == 2 and len(output) == output.shape[1]
+        # Of rows' softmaxes and columns' together the gradient vanishes over both dimensions only.
+        compared = square and not fits and bool(total < SUMS_TO_ZERO)
         raise ValueError(
             f"the gradient of the loss by the output of shape {tuple(output.shape)} sums to zero "
             f"{words}, as a softmax's does over its classes"
             + (
                 f": the output holds probabilities; return logits, or their logarithm{likely}"
                 if likely
+                else ", only as a whole, as that of similarities does that are compared along both "
+                "dimensions (CLIP): likelihood=tekfac.Categorical(dim=-1) takes each row for the "
+                "logits of an example"
+                if compared
                 else ". If the output holds logits of classes, say along which dimension: "
                 "likelihood=tekfac.Categorical(dim=-1); of another loss, e.g. "
                 'likelihood="gaussian" for a squared error, "bernoulli" for yes or no'
