@@ -413,7 +413,8 @@ def poles(images: Images) -> Problem:
     def length() -> float:
         return sum(carts.lengths[-30:]) / 30
 
-    likelihoods = [tekfac.Categorical(masked=False), "gaussian"]
+    # 0.005 of a squared error is that of variance 100.
+    likelihoods = [tekfac.Categorical(masked=False), tekfac.Gaussian(variance=100)]
     return Problem(model, loss, 600, likelihoods, length, better=True)
 
 
