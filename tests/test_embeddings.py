@@ -102,6 +102,33 @@ def test_damping_rules(method: str, rule: Any) -> None:
     pair.check_parameters()
 
 
+@pytest.mark.parametrize("power", [None, 1.0, 0.75])
+@pytest.mark.parametrize("method", METHODS)
+def test_by_default_a_table_is_divided_by_the_root(method: str, power: float | None) -> None:
+    torch.manual_seed(0)
+    model = Classifier().double()
+    optimizer = getattr(tekfac, method)(
+        model, lr=0.1, momentum=0.0, damping=0.01, power=power, rms_clip=None, **settings(method)
+    )
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    F.cross_entropy(model(tokens(6, 5)), torch.randint(CLASSES, (6,))).backward()
+    optimizer.step()
+    for name, default in (("table", 0.5), ("hidden", 1.0)):
+        # A table's matrix is its transpose: entries are columns.
+        own = [f"{name}.weight"] + [f"{name}.bias"] * (name == "hidden")
+        weight, *biases = (model.get_parameter(each) for each in own)
+        moved = [p.detach() - before[each] for each, p in zip(own, (weight, *biases), strict=True)]
+        parts = [[p.grad for p in (weight, *biases)], moved]
+        gradient, step = (
+            torch.cat([first.T if name == "table" else first, *(r[:, None] for r in rest)], 1)
+            for first, *rest in parts
+        )
+        values, vectors = torch.linalg.eigh(optimizer.blocks[name].dense(damped=True))
+        divided = values ** -(default if power is None else power)
+        expected = vectors @ (divided * (vectors.T @ gradient.flatten()))
+        assert relative(-step.flatten() / 0.1, expected) < 1e-9
+
+
 def true_trace(model: nn.Module, weight: Tensor, x: Tensor) -> float:
     """Of the Fisher matrix, example by example and class by class."""
     trace = 0.0
@@ -153,7 +180,7 @@ def test_leading_eigenvectors_of_the_output_side(method: str) -> None:
     blocks = []
     for model in (table, matrix):
         optimizer = getattr(tekfac, method)(
-            model, fisher="exact", lr=0.1, rank=3, **settings(method)
+            model, fisher="exact", lr=0.1, rank=3, power=1.0, **settings(method)
         )
         for x, y in data:
             optimizer.zero_grad()

@@ -24,6 +24,10 @@ from tekfac.layers import Layer
 
 DENSE_LIMIT = 8192
 
+# Powers where none is given. Entries of a table are looked up one much more often than another: of
+# a rare one a batch has mostly noise, as large as its curvature's root (benchmarks/README.md).
+MULTIPLIED, LOOKED_UP = 1.0, 0.5
+
 # Multiplications of one rotation above which a block is preconditioned by itself.
 STACKED = 2**26
 
@@ -112,6 +116,14 @@ class Approximation(ABC):
         return float(self._damping())
 
     @property
+    def power(self) -> float:
+        """Of the damped curvature that gradients are divided by: the group's, or the default."""
+        given: float | None = self.group["power"]
+        if given is not None:
+            return given
+        return LOOKED_UP if self.layer.looked_up else MULTIPLIED
+
+    @property
     def eigenvalues(self) -> Tensor:
         """The block's eigenvalues, undamped, ``(d_out, d_in)``, one per coordinate of the basis."""
         self._own_basis()
@@ -175,7 +187,7 @@ class Approximation(ABC):
 
     def multipliers(self) -> Tensor:
         """What a gradient in the basis is multiplied by: eigenvalues of ``(F̂ + λ I)^(−power)``."""
-        rule, power, fc_scale = self.group["damping"], self.group["power"], self.fc_scale
+        rule, power, fc_scale = self.group["damping"], self.power, self.fc_scale
         kept = self._multipliers_kept
         if kept is None or kept[0] != (rule, power) or kept[1] is not fc_scale:
             found = self._damped_eigenvalues().pow(-power)

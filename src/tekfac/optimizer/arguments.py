@@ -22,7 +22,7 @@ class Common(TypedDict, total=False):
 
     nesterov: bool
     weight_decay: float
-    power: float
+    power: float | None
     rms_clip: float | None
     fisher: str
     likelihood: str | Likelihood | Sequence[str | Likelihood]

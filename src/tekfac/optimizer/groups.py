@@ -30,7 +30,8 @@ def check_group(group: Mapping[str, Any], trace_damping: bool, method: str) -> N
     check_not_negative("lr", group["lr"])
     check_not_negative("weight_decay", group["weight_decay"])
     check_decay("momentum", group["momentum"])
-    check_fraction("power", group["power"])
+    if group["power"] is not None:
+        check_fraction("power", group["power"])
     if group["rms_clip"] is not None:
         check_positive("rms_clip", group["rms_clip"])
     check_damping(group["damping"], trace_damping=trace_damping, method=method)

@@ -84,6 +84,8 @@ class NaturalGradient(ModelOptimizer):
             natural gradient, and the paper's. 1/2 divides each direction of the eigenbasis by the
             root of its curvature, as Adam, Shampoo and SOAP do, and wants their learning rates: the
             noise of a gradient is as large as that root, so that all directions are equally noisy.
+            None for 1, and 1/2 for tables that are looked up (embeddings), of whose entries some
+            are rare.
         rms_clip: bound on the size of each layer's steps, so that a run that would diverge trains:
             natural gradients ``u = (F̂ + λ I)^(−power) ∇h`` are scaled by
             ``min(1, (1 − momentum) rms_clip / rms(u))``, each layer's by its own root mean square,
@@ -188,7 +190,7 @@ class NaturalGradient(ModelOptimizer):
         nesterov: bool = True,
         weight_decay: float = 0.0,
         damping: Damping = MeanDamping(),
-        power: float = 1.0,
+        power: float | None = None,
         rms_clip: float | None = 1.0,
         fisher: str = "mc",
         likelihood: str | Likelihood | Sequence[str | Likelihood] = "categorical",
