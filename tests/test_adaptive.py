@@ -316,10 +316,13 @@ def test_resumes_bit_for_bit() -> None:
     whole, first = (noisy().float() for _ in range(2))
     x, y = x.float(), y.float()
 
+    ratios = set()
+
     def run(model: nn.Module, optimizer: tekfac.NaturalGradient, steps: int) -> None:
         for _ in range(steps):
             torch.manual_seed(optimizer.counters["steps"])
             optimizer.step(closure_of(model, optimizer, x, y))
+            ratios.add(ratio_of(optimizer))
 
     def new(model: nn.Module) -> tekfac.NaturalGradient:
         return tekfac.TEKFAC(
@@ -336,7 +339,7 @@ def test_resumes_bit_for_bit() -> None:
     assert resumed.reduction_ratio == half.reduction_ratio
     assert resumed.param_groups[0]["damping"] == half.param_groups[0]["damping"]
     run(second, resumed, 4)
-    assert ratio_of(reference) != 0.3
+    assert len(ratios) > 1
     assert resumed.param_groups[0]["damping"] == reference.param_groups[0]["damping"]
     assert resumed.reduction_ratio == reference.reduction_ratio
     for p, q in zip(whole.parameters(), second.parameters(), strict=True):

@@ -518,4 +518,4 @@ def test_what_takes_parts_of_rows_is_no_lookup() -> None:
         F.cross_entropy(model(x), torch.arange(6) % CLASSES).backward()
         optimizer.step()
         assert optimizer.blocks["rows"].empty
-        assert "used by Index" in optimizer.treatment()["rows"]
+        assert "first order: used by" in optimizer.treatment()["rows"]

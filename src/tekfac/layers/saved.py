@@ -31,7 +31,7 @@ def adds_up(node: Any) -> bool:
 def entries(node: Any) -> Tensor:
     """The numbers of the entries that were looked up, -1 for padding, ``(R,)``."""
     indices: Tensor = node._saved_indices.flatten().long()
-    return indices.where(indices != node._saved_padding_idx, -1)
+    return indices.where(indices != axis_of(node._saved_padding_idx), -1)
 
 
 def bags(node: Any) -> Tensor:
