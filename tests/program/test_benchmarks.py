@@ -198,7 +198,7 @@ def test_norm_layers_are_compared(capsys: pytest.CaptureFixture[str]) -> None:
         "adam",
         "adam,norm_lr=0.1",
         "unit,lr=0.1",
-        "separate,lr=0.1,power=0.5",
+        "separate,lr=0.3,power=0.5",
         "adamw,lr=0.1",
     ]
     norms.main([*given.split(), *contenders])
