@@ -21,12 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from tekfac.capture.backward import Measuring
 from tekfac.capture.compiled import stand_aside, stand_down
 from tekfac.capture.fisher import Fisher
-from tekfac.capture.graph import (
-    behind,
-    made_at,
-    measuring,
-    source_of,
-)
+from tekfac.capture.graph import behind, made_at, measuring, source_of
 from tekfac.capture.hook import Hook, drop_inert
 from tekfac.capture.likelihoods import Likelihood, is_open
 from tekfac.capture.losses import fed_into, is_compared, losses_in

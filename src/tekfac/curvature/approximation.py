@@ -307,7 +307,8 @@ class Approximation(ABC):
     def _aligned_basis(self) -> Basis:
         """The basis, with entries in the order of `Layer.matrix`."""
         basis = self._own_basis()
-        return replace(basis, input=self.layer.aligned(basis.input))
+        input = self.layer.aligned(basis.input)
+        return basis if input is basis.input else replace(basis, input=input)
 
     def _order_columns(self) -> None:
         """Let gradients lie as they are stored, where few eigenvectors are to be aligned to that.

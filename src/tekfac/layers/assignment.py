@@ -81,6 +81,10 @@ BIASES = {"weight": "bias", "in_proj_weight": "in_proj_bias"}
 HOOKED = {"weight_v", "weight_orig"}
 
 
+# Modules that look their weight up.
+TABLES = (nn.Embedding, nn.EmbeddingBag)
+
+
 def candidates_of(module: nn.Module) -> dict[str, Candidate]:
     """A module's weights that may be multiplied with rows, each by its name in the module.
 
@@ -105,7 +109,7 @@ def candidates_of(module: nn.Module) -> dict[str, Candidate]:
             found[key] = Candidate(
                 module, key, weight, None, partial(ConvLayer, geometry=Geometry.of(module))
             )
-        elif isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        elif isinstance(module, TABLES):
             if key == "weight" and not _reason_of_table(module):
                 found[key] = Candidate(
                     module, key, weight, None, partial(EmbeddingLayer, transposed=True)
@@ -160,7 +164,7 @@ def _linear(weight: nn.Parameter, bias: nn.Parameter | None) -> Callable[..., La
 def _reason(module: nn.Module) -> str:
     """Why a module's parameters have no curvature block."""
     kind = type(module).__name__
-    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and (why := _reason_of_table(module)):
+    if isinstance(module, TABLES) and (why := _reason_of_table(module)):
         return why
     if isinstance(module, torch.jit.ScriptModule):
         return f"{kind} is compiled by torch.jit, which does not show what it multiplies"
@@ -267,11 +271,7 @@ def assign(model: nn.Module, exclude: Sequence[str | type[nn.Module]]) -> Assign
         ):
             left_out.update(own.values())
     # What is multiplied somewhere is no table, whichever module comes first.
-    tables = [
-        name
-        for name, module in names.items()
-        if isinstance(module, (nn.Embedding, nn.EmbeddingBag))
-    ]
+    tables = [name for name, module in names.items() if isinstance(module, TABLES)]
     for name in sorted(names, key=tables.__contains__):
         for key, candidate in candidates_of(names[name]).items():
             parameters = [p for p in (candidate.weight, candidate.bias) if p is not None]
