@@ -36,8 +36,7 @@ def entries(node: Any) -> Tensor:
 
 def bags(node: Any) -> Tensor:
     """The numbers of the entries in each bag, ``(R, L)``, filled up with -1."""
-    indices: Tensor = node._saved_indices.flatten().long()
-    return _by_bag(node, indices.where(indices != axis_of(node._saved_padding_idx), -1), -1)
+    return _by_bag(node, entries(node), -1)
 
 
 def bag_weights(node: Any) -> Tensor:
