@@ -66,7 +66,7 @@ def _natural(
 ) -> Optimizer:
     # Of settings that are not given, the method's own defaults, not those tuned for the digits.
     options = dict(settings)
-    for name, rule in {**DAMPING_RULES, "mean_damping": tekfac.MeanDamping}.items():
+    for name, rule in DAMPING_RULES.items():
         if name in options:
             options["damping"] = rule(options.pop(name))
     if options.pop("damping_rule", "mean") == "adaptive":

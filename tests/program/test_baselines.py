@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
+import tekfac
 from tekfac.data import Dataset, load
 from tekfac.errors import InputError
 from tekfac.runs import optimizers
@@ -77,7 +78,19 @@ def step(model: nn.Sequential, optimizer: Optimizer) -> dict[str, Tensor]:
 
 def test_standard_methods_need_no_optional_package() -> None:
     assert optimizers.STANDARD == ("sgd", "adam", "kfac", "ekfac", "tkfac", "tekfac")
-    assert set(optimizers.METHODS) == {*optimizers.STANDARD, *PACKAGES}
+    assert set(optimizers.METHODS) == {*optimizers.STANDARD, "tekfac-defaults", *PACKAGES}
+
+
+def test_defaults_of_the_package_are_what_it_does_by_itself() -> None:
+    moved = step(*make("tekfac-defaults"))
+    model = network()
+    generator = torch.Generator()
+    alone = step(model, tekfac.TEKFAC(model, generator=generator))
+    for name, change in alone.items():
+        assert torch.equal(moved[name], change), name
+    # Not the paper's method, which has the same settings but no bound.
+    paper = step(*make("tekfac", lr=5e-3, mean_damping=0.3, nesterov=True, rank=32))
+    assert not torch.allclose(paper["0.weight"], alone["0.weight"], rtol=0.1)
 
 
 @pytest.mark.parametrize("name", PACKAGES)

@@ -22,7 +22,7 @@ from tekfac.paper.costs import HOW_ESTIMATED
 from tekfac.paper.experiments import table_3, table_4
 from tekfac.paper.presets import Preset
 from tekfac.paper.reproduction import Reproduction
-from tekfac.paper.scales import OPTIMIZERS, SCALES, Scale
+from tekfac.paper.scales import SCALES, Scale
 from tekfac.runs.config import Config, default_device, default_threads
 from tekfac.runs.options import flag
 from tekfac.runs.ranks import current, launched
@@ -62,8 +62,8 @@ def reproduce(
         str,
         typer.Option(
             help=f"How much is run: {', '.join(SCALES)}. Of tables 3 and 4, full is the paper's "
-            "size, small one for two CPU cores, smoke a test of seconds; the options below "
-            "override its numbers."
+            "size, medium one for a day of two CPU cores, small one for hours, smoke a test of "
+            "seconds; the options below override its numbers."
         ),
     ] = "small",
     tasks: Annotated[
@@ -72,9 +72,7 @@ def reproduce(
     ] = None,
     optimizers: Annotated[
         str | None,
-        typer.Option(
-            help=f"For table3: names, separated by commas. (default: {','.join(OPTIMIZERS)})"
-        ),
+        typer.Option(help="For table3: names, separated by commas. (default: the scale's)"),
     ] = None,
     grid: Annotated[
         list[str] | None,
@@ -136,13 +134,18 @@ def reproduce(
         _reproduce_theorem31(scale, Path("results/theorem31") if out is None else out)
         return
     size = SCALES[scale]
+    recipes = {
+        name: replace(recipe, schedule=overridden(recipe.schedule, schedule))
+        for name, recipe in size.recipes.items()
+    }
+    size = replace(size, recipes=recipes)
     sensitivity = target in (Target.TABLE4, Target.FIGURE4)
     if sensitivity:
         _refuse(names & {"optimizers", "trials", "hold_out"}, target)
     chosen = _tasks(tasks, size, sensitivity)
     files = _files(data or [], [size.protocols[each].task["data"] for each in chosen])
     protocols = {each: _overridden(size.protocols[each], task, schedule, files) for each in chosen}
-    rows = list(OPTIMIZERS) if optimizers is None else _names(optimizers)
+    rows = list(size.optimizers) if optimizers is None else _names(optimizers)
     grids = _grids(grid or [], ["tekfac"] if sensitivity else rows)
     experiment = (
         table_4(size, protocols, grids.get("tekfac"), seeds)

@@ -67,7 +67,8 @@ class Cell:
         variant: the row.
         experiment: what the cell is part of.
         data: the task's images, as many as are wanted.
-        held_out: the same, a part of the training images in place of the test images.
+        held_out: what trials see: a part of the training images in place of the test images, and
+            all others or the first of them.
     """
 
     def __init__(
@@ -88,16 +89,17 @@ class Cell:
         self._lock = lock
         self._path = path / task / variant.optimizer
         protocol = experiment.protocols[task]
+        recipe = variant.recipe or protocol
         first: Point = {key: values[0] for key, values in variant.grid.items()}
         fixed = {
             key: value
-            for key, value in protocol.settings.items()
+            for key, value in recipe.settings.items()
             if has_setting(variant.optimizer, key)
         }
         self.base = Config(
             optimizer=variant.optimizer,
             settings={**fixed, **first},
-            schedule=protocol.schedule,
+            schedule=recipe.schedule,
             **protocol.task,
         )
         self._trials = min(experiment.trials, self.grid_size)
@@ -148,7 +150,7 @@ class Cell:
         if not self.searched:
             chosen = self.base
         elif finished and not left_trials:
-            chosen = self._search.best()
+            chosen = replace(self.base, settings=self._search.best().settings)
         histories, diverged = [], 0
         for config in [] if chosen is None else self._runs(chosen):
             history = _finished(self._folder(config), config)
@@ -170,9 +172,19 @@ class Cell:
         )
 
     @cached_property
+    def trial(self) -> Config:
+        """What every trial of its search is, but for the settings searched."""
+        base, epochs = self.base, self._experiment.trial_epochs
+        if epochs is not None and epochs < base.epochs:
+            schedule = base.schedule.shortened(epochs / base.epochs)
+            base = replace(base, epochs=epochs, schedule=schedule)
+        if len(self._held_out.y_train) + len(self._held_out.y_test) < len(self.data.y_train):
+            base = replace(base, limit_train=len(self._held_out.y_train))
+        return replace(base, hold_out=len(self._held_out.y_test))
+
+    @cached_property
     def _plan(self) -> Plan:
-        base = replace(self.base, hold_out=len(self._held_out.y_test))
-        return Plan(base, self.variant.grid, self._experiment.prune)
+        return Plan(self.trial, self.variant.grid, self._experiment.prune)
 
     @cached_property
     def _search(self) -> Search:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from tekfac.errors import InputError
 from tekfac.paper.presets import Preset
 from tekfac.paper.published import TABLE_3, TABLE_4, TABLE_4_CENTRE, TABLE_4_TASK, Accuracy
-from tekfac.paper.scales import OPTIMIZERS, Scale
+from tekfac.paper.scales import Scale
 from tekfac.runs.optimizers import METHODS, excluded
 from tekfac.searches.grids import Grid, paper_grid
 from tekfac.searches.trials import as_text
@@ -28,6 +28,7 @@ class Variant:
         grid: what is searched; if each setting has one value only, that is taken without a search.
         panel: of a figure's panels the one that it is drawn in.
         paper: the paper's own numbers, by task.
+        recipe: schedule and settings in place of the protocols'; None for theirs.
     """
 
     label: str
@@ -35,6 +36,7 @@ class Variant:
     grid: Grid
     panel: str
     paper: Mapping[str, Accuracy]
+    recipe: Preset | None = None
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Experiment:
         trials: how many points of a grid are tried, at most.
         hold_out: training images that decide a search; None for a tenth.
         prune: whether hopeless trials are given up.
+        trial_images, trial_epochs: how many of them a search's trial has, at most; None for all.
     """
 
     table: str
@@ -63,6 +66,8 @@ class Experiment:
     trials: int
     hold_out: int | None
     prune: bool
+    trial_images: int | None = None
+    trial_epochs: int | None = None
 
     @property
     def files(self) -> tuple[str, str, str]:
@@ -73,7 +78,7 @@ class Experiment:
 def table_3(
     scale: Scale,
     protocols: Mapping[str, Preset],
-    optimizers: Sequence[str] = OPTIMIZERS,
+    optimizers: Sequence[str] | None = None,
     grids: Mapping[str, Grid] | None = None,
     trials: int | None = None,
     seeds: int | None = None,
@@ -84,13 +89,14 @@ def table_3(
     Args:
         scale: its numbers hold where no others are given.
         protocols: the tasks, by name, and what runs on them have in common.
-        optimizers: names of ``optimizers.METHODS``.
+        optimizers: names of ``optimizers.METHODS``; None for the scale's.
         grids: for some of the optimizers values to be searched in place of the scale's.
         trials, seeds, hold_out: as ``Experiment`` has them.
 
     Raises:
         InputError: if an optimizer is unknown.
     """
+    optimizers = scale.optimizers if optimizers is None else optimizers
     if unknown := [name for name in optimizers if name not in METHODS]:
         raise InputError(f"--optimizers {unknown[0]!r} is unknown; there is: {', '.join(METHODS)}")
     variants = [
@@ -100,6 +106,7 @@ def table_3(
             grid=_grid(name, scale, (grids or {}).get(name, {})),
             panel="",
             paper={task: row[name] for task, row in TABLE_3.items() if name in row},
+            recipe=scale.recipes.get(name),
         )
         for name in optimizers
     ]
@@ -114,6 +121,8 @@ def table_3(
         trials=scale.trials if trials is None else trials,
         hold_out=hold_out,
         prune=scale.prune,
+        trial_images=scale.trial_images,
+        trial_epochs=scale.trial_epochs,
     )
 
 

@@ -244,9 +244,15 @@ def _differences(work: Reproduction) -> str:
     """In words, what is smaller than in the paper, or otherwise."""
     experiment, full = work.experiment, SCALES["full"]
     tasks: dict[str, list[str]] = {}
-    for task, config in {cell.task: cell.base for cell in work.cells}.items():
+    by_protocol = [cell for cell in work.cells if cell.variant.recipe is None] or work.cells
+    for task, config in {cell.task: cell.base for cell in by_protocol}.items():
         tasks.setdefault("; ".join(_task_differences(task, config)), []).append(task)
     sentences = [f"{', '.join(names)}: {text}." for text, names in tasks.items() if text]
+    recipes: dict[str, dict[str, None]] = {}
+    for cell in work.cells:
+        if cell.variant.recipe is not None:
+            recipes.setdefault(_schedule(cell.base), {})[cell.variant.label] = None
+    sentences += [f"{_words(names)}: {schedule}." for schedule, names in recipes.items()]
     if experiment.seeds < full.seeds:
         sentences.append(f"{_count(experiment.seeds, 'seed')} instead of {full.seeds}.")
     searched = [cell for cell in work.cells if cell.searched]
@@ -257,6 +263,10 @@ def _differences(work: Reproduction) -> str:
             f"Searches of {trials} trials at most, where the paper's grids have up to {max(sizes)} "
             "points; it does not say how many of them it tried."
         )
+        if experiment.trial_epochs is not None or experiment.trial_images is not None:
+            trial = searched[0].trial
+            images = "all" if trial.limit_train is None else f"the first {trial.limit_train:,}"
+            sentences.append(f"A trial has {images} training images and {trial.epochs} epochs.")
     nesterov = dict.fromkeys(
         cell.variant.label for cell in work.cells if cell.base.settings.get("nesterov")
     )
@@ -291,7 +301,9 @@ def _task_differences(task: str, config: Config) -> list[str]:
         if here != there:
             differences.append(f"{name} {here} instead of {there}")
     if config.schedule != full.schedule:
-        differences.append(f"{_schedule(config)} instead of {_schedule(full)}")
+        own = _schedule(config)
+        comma = "," if "," in own else ""
+        differences.append(f"{own}{comma} instead of {_schedule(full)}")
     if config.augment != full.augment:
         differences.append("augmentation" if config.augment else "no augmentation")
     if config.precision != full.precision:
@@ -304,6 +316,8 @@ def _task_differences(task: str, config: Config) -> list[str]:
 def _schedule(config: Config) -> str:
     schedule = config.schedule
     text = f"{schedule.name} schedule"
+    if schedule.step_every is not None:
+        text += f", every {schedule.step_every} epochs"
     return f"{text} with {schedule.warmup:g} epochs of warm-up" if schedule.warmup else text
 
 

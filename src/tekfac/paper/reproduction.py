@@ -59,7 +59,11 @@ class Reproduction:
                 count = experiment.hold_out
                 if count is None:
                     count = max(1, round(HELD_OUT_FRACTION * len(data.y_train)))
-                loaded[source] = data, data.hold_out(count)
+                held_out = data.hold_out(count)
+                images = experiment.trial_images
+                if images is not None and images < len(held_out.y_train):
+                    held_out = held_out.first(images)
+                loaded[source] = data, held_out
             self.cells += [
                 Cell(path, self.lock, task, variant, experiment, *loaded[source])
                 for variant in experiment.variants

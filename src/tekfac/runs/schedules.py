@@ -7,7 +7,7 @@ nothing but its step.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 from tekfac.errors import InputError
@@ -65,6 +65,13 @@ class Schedule:
     def knows_the_end(self) -> bool:
         """Whether the factor depends on the number of epochs, which then cannot be changed."""
         return self.name == "cosine"
+
+    def shortened(self, by: float) -> Schedule:
+        """The same shape over ``by`` times as many epochs."""
+        every = self.step_every
+        if self.name == "step":
+            every = max(1, round((STEP_EVERY if every is None else every) * by))
+        return replace(self, warmup=self.warmup * by, step_every=every)
 
     def factor(self, step: int, steps_per_epoch: int, epochs: int) -> float:
         """The factor for optimizer step ``step``, counted from 0, of a run of ``epochs``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 
 import torch
@@ -16,6 +17,7 @@ DAMPING_RULES = {
     "nu": tekfac.TraceDamping,
     "factored_damping": tekfac.FactoredDamping,
     "relative_damping": tekfac.RelativeDamping,
+    "mean_damping": tekfac.MeanDamping,
 }
 
 # `first_order_lr` is that of all parameters without a curvature block, e.g. of norm layers. In the
@@ -37,7 +39,7 @@ PAPER: Values = {"power": 1.0, "rms_clip": None}
 
 
 def _natural_gradient(
-    optimizer: Callable[..., Optimizer],
+    optimizer: Callable[..., Optimizer], fixed: Values = PAPER
 ) -> Callable[[nn.Module, Values, torch.Generator], Optimizer]:
     def build(network: nn.Module, settings: Values, generator: torch.Generator) -> Optimizer:
         options = dict(settings)
@@ -47,7 +49,7 @@ def _natural_gradient(
                 options["damping"] = rule(options.pop(setting))
         if options["fisher"] == "mc":
             options["generator"] = generator
-        return optimizer(network, **PAPER, **options)
+        return optimizer(network, **fixed, **options)
 
     return build
 
@@ -79,4 +81,23 @@ TEKFAC = Method(
     {"lr": 1e-4, "damping": 1e-4, **NATURAL_GRADIENT, "scale_every": 10, "fc_scale": "auto"},
     _natural_gradient(tekfac.TEKFAC),
     _replacing_damping(*DAMPING_RULES),
+)
+
+
+def _of_the_package() -> Values:
+    """The settings of `tekfac.TEKFAC`, as far as a run has them, and its own defaults."""
+    parameters = {
+        **inspect.signature(tekfac.NaturalGradient).parameters,
+        **inspect.signature(tekfac.TEKFAC).parameters,
+    }
+    own = {key: parameters[key].default for key in TEKFAC.defaults if key in parameters}
+    own["mean_damping"] = own.pop("damping").ratio
+    return {**own, "first_order_lr": parameters["first_order"].default.lr}
+
+
+# What `tekfac.TEKFAC(network)` is, whose steps are bounded, beside the paper's method.
+TEKFAC_DEFAULTS = Method(
+    "TEKFAC, defaults",
+    _of_the_package(),
+    _natural_gradient(tekfac.TEKFAC, fixed={}),
 )

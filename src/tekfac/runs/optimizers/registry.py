@@ -15,7 +15,13 @@ from tekfac.errors import InputError
 from tekfac.runs.optimizers.first_order import ADAM, SGD
 from tekfac.runs.optimizers.method import Method, Values
 from tekfac.runs.optimizers.muon import MUON
-from tekfac.runs.optimizers.natural_gradient import EKFAC, KFAC, TEKFAC, TKFAC
+from tekfac.runs.optimizers.natural_gradient import (
+    EKFAC,
+    KFAC,
+    TEKFAC,
+    TEKFAC_DEFAULTS,
+    TKFAC,
+)
 from tekfac.runs.optimizers.soap import SOAP
 from tekfac.runs.options import flag
 
@@ -29,7 +35,7 @@ from tekfac.runs.options import flag
 # lr (5e-4 to 3e-2) with torch's betas and 40 triples of lr (2e-3 to 1.5e-2), beta1 (0.7 to 0.95)
 # and beta2 (0.99, 0.999), for the natural gradients 10 pairs each of lr (1e-4, 3e-4, 1e-3) and
 # damping (1e-4 to 3e-3), around the best of 32 pairs with an earlier rule for the averages. SOAP
-# and Muon are not tuned.
+# and Muon are not tuned, nor is what stands for the package's own defaults.
 METHODS: dict[str, Method] = {
     "sgd": SGD,
     "adam": ADAM,
@@ -37,12 +43,13 @@ METHODS: dict[str, Method] = {
     "ekfac": EKFAC,
     "tkfac": TKFAC,
     "tekfac": TEKFAC,
+    "tekfac-defaults": TEKFAC_DEFAULTS,
     "soap": SOAP,
     "muon": MUON,
 }
 
-# The methods that need no optional package: those of a comparison, unless it names others.
-STANDARD = tuple(name for name, method in METHODS.items() if method.package is None)
+# Those tuned for the digits; a comparison's, unless it names others.
+STANDARD = ("sgd", "adam", "kfac", "ekfac", "tkfac", "tekfac")
 
 
 def has_setting(name: str, key: str) -> bool:

@@ -25,6 +25,9 @@ class Settings(TypedDict, total=False):
     relative_damping: Annotated[
         float, Option("λ of factored damping, less where a layer's weights have grown.")
     ]
+    mean_damping: Annotated[
+        float, Option("λ of each layer in units of its curvature's own mean (TEKFAC).")
+    ]
     fc_scale: Annotated[
         float | Literal["auto"],
         Option(
