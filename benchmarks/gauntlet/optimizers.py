@@ -23,6 +23,8 @@ Settings = Mapping[str, Any]
 TRIALS = 6
 # SOAP's and Shampoo's refreshes, as often as heavyball and SOAP's authors have them.
 REFRESH_EVERY = 10
+# The ratio that goes with the root of the curvature: what damping adds is under the root, too.
+ROOT_DAMPING = 0.003
 
 
 def _sgd(network: nn.Module, task: Task, settings: Settings) -> Optimizer:
@@ -69,6 +71,11 @@ def _natural(
     for name, rule in DAMPING_RULES.items():
         if name in options:
             options["damping"] = rule(options.pop(name))
+    # Where the curvature itself divides, the method decides what tables divide by.
+    if options.get("power") == 1.0:
+        del options["power"]
+    elif "power" in options:
+        options["damping"] = tekfac.MeanDamping(ROOT_DAMPING)
     if options.pop("damping_rule", "mean") == "adaptive":
         options["damping"] = tekfac.AdaptiveDamping()
     if "first_order_lr" in options:
@@ -107,7 +114,8 @@ class Contender:
         return len(self.grid) > 1
 
 
-NATURAL_GRID = grid(lr=(2.5e-3, 5e-3, 1e-2), mean_damping=(0.1, 0.3))
+NATURAL_GRID = grid(lr=(2.5e-3, 5e-3, 1e-2), power=(0.5, 1.0))
+NATURAL_FIXED = f"MeanDamping(0.3), with power 0.5 MeanDamping({ROOT_DAMPING:g})"
 
 CONTENDERS: dict[str, Contender] = {
     "sgd": Contender(
@@ -145,10 +153,18 @@ CONTENDERS: dict[str, Contender] = {
         cost=2.0,
         fixed=f"RMSProp's step lengths, a refresh every {REFRESH_EVERY} steps",
     ),
-    "kfac": Contender("KFAC", partial(_natural, tekfac.KFAC), NATURAL_GRID, cost=1.8),
-    "ekfac": Contender("EKFAC", partial(_natural, tekfac.EKFAC), NATURAL_GRID, cost=2.0),
-    "tkfac": Contender("TKFAC", partial(_natural, tekfac.TKFAC), NATURAL_GRID, cost=1.8),
-    "tekfac": Contender("TEKFAC", partial(_natural, tekfac.TEKFAC), NATURAL_GRID, cost=2.0),
+    "kfac": Contender(
+        "KFAC", partial(_natural, tekfac.KFAC), NATURAL_GRID, cost=1.8, fixed=NATURAL_FIXED
+    ),
+    "ekfac": Contender(
+        "EKFAC", partial(_natural, tekfac.EKFAC), NATURAL_GRID, cost=2.0, fixed=NATURAL_FIXED
+    ),
+    "tkfac": Contender(
+        "TKFAC", partial(_natural, tekfac.TKFAC), NATURAL_GRID, cost=1.8, fixed=NATURAL_FIXED
+    ),
+    "tekfac": Contender(
+        "TEKFAC", partial(_natural, tekfac.TEKFAC), NATURAL_GRID, cost=2.0, fixed=NATURAL_FIXED
+    ),
     "tekfac-defaults": Contender(
         "TEKFAC, defaults", partial(_natural, tekfac.TEKFAC), [{}], cost=2.0
     ),
