@@ -7,10 +7,12 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -49,6 +51,14 @@ def whole(model: nn.Module) -> dict[str, Tensor]:
         name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
         for name, p in model.named_parameters()
     }
+
+
+def wrapping(around: str) -> Callable[..., Any]:
+    """What has parts, or copies, of a model on ranks with batches of their own."""
+    if around == "fully_shard":
+        return fully_shard
+    found = pytest.importorskip("torch.distributed._composable.replicate_with_fsdp")
+    return found.replicate  # type: ignore[no-any-return]
 
 
 def train(

@@ -41,6 +41,7 @@ from ranked import (
     train,
     whole,
     with_missing,
+    wrapping,
 )
 
 pytestmark = pytest.mark.skipif(
@@ -60,13 +61,15 @@ def mesh_of(rows: int) -> DeviceMesh:
     return init_device_mesh("cpu", (rows, ranks // rows), mesh_dim_names=("copies", "parts"))
 
 
-def divided(model: nn.Module, rows: int = 1, each: bool = True, **options: Any) -> nn.Module:
+def divided(
+    model: nn.Module, rows: int = 1, each: bool = True, by: str = "fully_shard", **options: Any
+) -> nn.Module:
     """The model, its layers' parameters gathered one after the other or all at once."""
     mesh = mesh_of(rows)
     for part in model.children() if each else ():
         if any(True for _ in part.parameters()):
-            fully_shard(part, mesh=mesh, **options)
-    return fully_shard(model, mesh=mesh, **options)
+            wrapping(by)(part, mesh=mesh, **options)
+    return wrapping(by)(model, mesh=mesh, **options)  # type: ignore[no-any-return]
 
 
 def on_ranks(
@@ -100,6 +103,13 @@ def check(
 def test_as_one_process(method: str) -> None:
     """The last layer has 3 rows: a rank has one of them, the other two."""
     check(2, "mlp", method, [29, 19], {"reshard_after_forward": True}, placement="sharded")
+
+
+@pytest.mark.parametrize("method", ["TEKFAC", pytest.param("EKFAC", marks=pytest.mark.slow)])
+def test_copies(method: str) -> None:
+    """What `DistributedDataParallel` does, done by what divides models."""
+    wrapping("replicate")
+    check(2, "mlp", method, [29, 19], {"by": "replicate"}, placement="sharded")
 
 
 # Of two of these with all their values; `test_ranks` has the methods with all that goes with them.

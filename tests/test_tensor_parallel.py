@@ -32,11 +32,21 @@ from torch.distributed.tensor.parallel import (
     loss_parallel,
     parallelize_module,
 )
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recomputed
 
 import tekfac
 from processes import outcomes, together
-from ranked import TOLERANCE, close, cross_entropy, options_of, parameters, shards, whole
+from ranked import (
+    TOLERANCE,
+    close,
+    cross_entropy,
+    options_of,
+    parameters,
+    shards,
+    whole,
+    wrapping,
+)
 from tekfac.curvature.linalg import eigh
 from tekfac.ranks.layout import Grid
 from tekfac.ranks.ranks import Group, Ranks
@@ -118,20 +128,19 @@ def averaged(model: nn.Module, mesh: DeviceMesh) -> None:
 
 
 def on_ranks(
-    method: str, plan: str, rows: int, sharded: bool, options: dict[str, Any]
+    method: str, plan: str, rows: int, around: str, options: dict[str, Any]
 ) -> dict[str, Tensor]:
     mesh = mesh_of(rows)
     model = parallelize_module(network(), mesh["tensor"], PLANS[plan])
-    if sharded:
-        for part in model.children():
-            fully_shard(part, mesh=mesh["data"])
-        fully_shard(model, mesh=mesh["data"])
+    if around:
+        for part in (*model.children(), model):
+            wrapping(around)(part, mesh=mesh["data"])
     optimizer = getattr(tekfac, method)(model, **options_of(method, **options))
     row = mesh.get_local_rank("data")
     for x, y in shards(batches(6 * rows), [6] * rows)[row]:
         optimizer.zero_grad()
         loss_of(model(x), y).backward()
-        if rows > 1 and not sharded:
+        if rows > 1 and not around:
             averaged(model, mesh)
         optimizer.step()
     assert not any(block.empty for block in optimizer.blocks.values())
@@ -139,12 +148,12 @@ def on_ranks(
 
 
 def check(
-    ranks: int, method: str, plan: str, rows: int = 1, sharded: bool = False, **options: Any
+    ranks: int, method: str, plan: str, rows: int = 1, around: str = "", **options: Any
 ) -> None:
     placement = options.pop("placement", "auto")
     expected = alone(method, 6 * rows, **options)
     options["placement"] = placement
-    results = together(ranks, on_ranks, method, plan, rows, sharded, options, seconds=SECONDS)
+    results = together(ranks, on_ranks, method, plan, rows, around, options, seconds=SECONDS)
     for found in results:
         close(found, expected, TOLERANCE)
         assert all(torch.equal(value, results[0][name]) for name, value in found.items())
@@ -173,27 +182,31 @@ def test_as_one_process(method: str, fisher: str, plan: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "fisher", "plan", "sharded"),
+    ("method", "fisher", "plan", "around"),
     [
-        ("TEKFAC", "exact", "all", True),
+        ("TEKFAC", "exact", "all", "fully_shard"),
+        ("EKFAC", "empirical", "all", "replicate"),
         *(
             pytest.param(*case, marks=SLOW)
             for case in (
-                ("KFAC", "empirical", "block", False),
-                ("KFAC", "exact", "all", True),
-                ("EKFAC", "exact", "all", False),
-                ("EKFAC", "empirical", "block", True),
-                ("TKFAC", "exact", "block", False),
-                ("TKFAC", "empirical", "all", True),
-                ("TEKFAC", "empirical", "all", False),
+                ("KFAC", "empirical", "block", ""),
+                ("KFAC", "exact", "all", "fully_shard"),
+                ("EKFAC", "exact", "all", ""),
+                ("EKFAC", "empirical", "block", "fully_shard"),
+                ("TKFAC", "exact", "block", ""),
+                ("TKFAC", "empirical", "all", "fully_shard"),
+                ("TEKFAC", "empirical", "all", ""),
+                ("TEKFAC", "exact", "block", "replicate"),
             )
         ),
     ],
 )
-def test_with_batches_of_their_own(method: str, fisher: str, plan: str, sharded: bool) -> None:
+def test_with_batches_of_their_own(method: str, fisher: str, plan: str, around: str) -> None:
     """Two rows of two ranks: each row sees half of the batch, and has copies or parts."""
+    if around:
+        wrapping(around)
     placement = "sharded" if plan == "all" else 0.5
-    check(4, method, plan, 2, sharded, fisher=fisher, placement=placement)
+    check(4, method, plan, 2, around, fisher=fisher, placement=placement)
 
 
 def test_parts_where_copies_are_divided_twice() -> None:
@@ -452,6 +465,12 @@ def refused(way: str) -> None:
     elif way == "some ranks":
         parallelize_module(model[0], mesh_of(1)["tensor"], ColwiseParallel())
         tekfac.TEKFAC(model, process_group=dist.new_subgroups(1)[0])
+    elif way == "DistributedDataParallel":
+        mesh = mesh_of(2)
+        parallelize_module(model[0], mesh["tensor"], ColwiseParallel())
+        parallel = DistributedDataParallel(model, device_mesh=mesh["data"])
+        parallel(torch.zeros(2, 4))  # after which it has no such parameters any more
+        tekfac.TEKFAC(parallel)
     else:
         fully_shard(model[1], mesh=mesh_of(2)["data"])
         parallelize_module(model[0], mesh_of(2)["tensor"], ColwiseParallel())
@@ -466,6 +485,7 @@ def refused(way: str) -> None:
             "NotImplementedError: parameter '0.weight' is a DTensor with placements",
         ),
         ("some ranks", "process_group takes the group of all ranks that train it together"),
+        ("DistributedDataParallel", "Have copies of the model by fully_shard(model, mesh=...)"),
         ("in part", "fully_shard has not made"),
     ],
 )

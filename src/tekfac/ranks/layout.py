@@ -155,6 +155,13 @@ def layout_of(model: nn.Module) -> Layout | None:
     kind = divided_kind()
     if kind is None:
         return None
+    if any(map(_puts_parts_in, model.modules())):
+        raise NotImplementedError(
+            "DistributedDataParallel with a device_mesh around tensor parallelism takes the "
+            "divided parameters out of the model: after its first pass torch itself finds none of "
+            "them to train or to save. Have copies of the model by fully_shard(model, mesh=...) on "
+            "the data-parallel dimension, or by torch's replicate(model, mesh=...)"
+        )
     parts = sharded_parts(model)
     for part in parts:
         part.reshard()  # a root's parameters stay whole after a forward pass
@@ -186,6 +193,12 @@ def layout_of(model: nn.Module) -> Layout | None:
     return Layout(widest, bool(parts), own is None or widest.ndim > own.ndim)
 
 
+def _puts_parts_in(module: nn.Module) -> bool:
+    """Whether a module has divided tensors in the place of parameters while it runs."""
+    hooks = module._forward_pre_hooks.values()
+    return any(getattr(hook, "__name__", "") == "_reconstruct_dtensor" for hook in hooks)
+
+
 def _unknown(p: Any, data: DeviceMesh | None, others: DeviceMesh | None, widest: DeviceMesh) -> str:
     """What about a divided parameter is not supported; nothing of most.
 
@@ -199,7 +212,8 @@ def _unknown(p: Any, data: DeviceMesh | None, others: DeviceMesh | None, widest:
     if data is None and others is not None:
         return f"that fully_shard has not made ({p.placements}), beside others that it has"
     behind = 0 if data is None else data.ndim
-    if data is not None and kinds[:behind] not in (["Shard"], ["Replicate", "Shard"]):
+    around = ["Shard"], ["Replicate"], ["Replicate", "Shard"]
+    if data is not None and kinds[:behind] not in around:
         return f"with placements {p.placements}, beside fully_shard divided in another way"
     if len(kinds) > behind + 1 or not {*kinds[behind:]} <= {"Shard", "Replicate"}:
         return f"with placements {p.placements}"
