@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import debug
 
 SECONDS = 60.0
 
@@ -184,4 +185,5 @@ def _serve(pipe: Connection, rank: int, count: int) -> None:
         except Exception as error:
             result = Failed(f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
         dist.destroy_process_group()
+        debug._clear_sharding_prop_cache()  # it has groups' names, which other groups get next
         pipe.send(result)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -112,9 +113,12 @@ def alone(method: str, examples: int, steps: int = STEPS, **options: Any) -> dic
     return parameters(model)
 
 
-def mesh_of(rows: int) -> DeviceMesh:
-    shape = (rows, dist.get_world_size() // rows)
-    return init_device_mesh("cpu", shape, mesh_dim_names=("data", "tensor"))
+def mesh_of(*rows: int) -> DeviceMesh:
+    """All ranks: so many rows, or in several dimensions, of ranks that see the same batches."""
+    shape = (*rows, dist.get_world_size() // math.prod(rows))
+    return init_device_mesh(
+        "cpu", shape, mesh_dim_names=("copies", "data", "tensor")[-len(shape) :]
+    )
 
 
 def averaged(model: nn.Module, mesh: DeviceMesh) -> None:
@@ -128,15 +132,15 @@ def averaged(model: nn.Module, mesh: DeviceMesh) -> None:
 
 
 def on_ranks(
-    method: str, plan: str, rows: int, around: str, options: dict[str, Any]
+    method: str, plan: str, shape: Sequence[int], around: str, options: dict[str, Any]
 ) -> dict[str, Tensor]:
-    mesh = mesh_of(rows)
+    mesh, rows = mesh_of(*shape), math.prod(shape)
     model = parallelize_module(network(), mesh["tensor"], PLANS[plan])
     if around:
         for part in (*model.children(), model):
-            wrapping(around)(part, mesh=mesh["data"])
+            wrapping(around)(part, mesh=mesh[("copies", "data")[-len(shape) :]])
     optimizer = getattr(tekfac, method)(model, **options_of(method, **options))
-    row = mesh.get_local_rank("data")
+    row = dist.get_rank() // mesh["tensor"].size()
     for x, y in shards(batches(6 * rows), [6] * rows)[row]:
         optimizer.zero_grad()
         loss_of(model(x), y).backward()
@@ -148,12 +152,17 @@ def on_ranks(
 
 
 def check(
-    ranks: int, method: str, plan: str, rows: int = 1, around: str = "", **options: Any
+    ranks: int,
+    method: str,
+    plan: str,
+    shape: Sequence[int] = (1,),
+    around: str = "",
+    **options: Any,
 ) -> None:
     placement = options.pop("placement", "auto")
-    expected = alone(method, 6 * rows, **options)
+    expected = alone(method, 6 * math.prod(shape), **options)
     options["placement"] = placement
-    results = together(ranks, on_ranks, method, plan, rows, around, options, seconds=SECONDS)
+    results = together(ranks, on_ranks, method, plan, shape, around, options, seconds=SECONDS)
     for found in results:
         close(found, expected, TOLERANCE)
         assert all(torch.equal(value, results[0][name]) for name, value in found.items())
@@ -206,7 +215,22 @@ def test_with_batches_of_their_own(method: str, fisher: str, plan: str, around: 
     if around:
         wrapping(around)
     placement = "sharded" if plan == "all" else 0.5
-    check(4, method, plan, 2, around, fisher=fisher, placement=placement)
+    check(4, method, plan, (2,), around, fisher=fisher, placement=placement)
+
+
+@pytest.mark.parametrize(
+    ("method", "fisher", "plan", "shape", "ranks"),
+    [
+        ("TEKFAC", "empirical", "all", (2, 1), 4),
+        pytest.param("TKFAC", "exact", "block", (1, 2), 4, marks=SLOW),
+        pytest.param("TEKFAC", "exact", "all", (2, 2), 8, marks=SLOW),
+    ],
+)
+def test_copies_in_parts_around(
+    method: str, fisher: str, plan: str, shape: tuple[int, int], ranks: int
+) -> None:
+    """HSDP: copies, each in parts, of layers that two ranks multiply together."""
+    check(ranks, method, plan, shape, "fully_shard", fisher=fisher, placement="sharded")
 
 
 def test_parts_where_copies_are_divided_twice() -> None:
