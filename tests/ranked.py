@@ -22,7 +22,7 @@ from harness import NETWORKS, RESCALED, batch
 Batch = tuple[Tensor, Tensor]
 Loss = Callable[[Any, Tensor], Tensor]
 
-STEPS = 6
+STEPS = 10
 TOLERANCE = 1e-9
 
 

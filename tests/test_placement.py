@@ -117,7 +117,7 @@ def placed(
     ],
 )
 def test_four_ranks(method: str, placement: str | float) -> None:
-    data = batches_of(64, 7)
+    data = batches_of(64, 10)
     model = wide()
     expected = train(model, model, made(method, model), [[part] for part in data])
     results = together(4, placed, method, data, {"placement": placement})
@@ -129,7 +129,7 @@ def test_four_ranks(method: str, placement: str | float) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_kept_parts_of_wide_sides(method: str) -> None:
     """Of a side of which only the leading eigenvectors are kept all ranks know these."""
-    data, options = batches_of(64, 7), {"rank": 2, "storage": torch.float64}
+    data, options = batches_of(64, 10), {"rank": 2, "storage": torch.float64}
     model = wide()
     expected = train(model, model, made(method, model, **options), [[part] for part in data])
     for placement in ("replicated", "sharded"):

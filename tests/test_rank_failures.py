@@ -14,7 +14,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 import tekfac
 from processes import Failed, outcomes, together
-from ranked import cross_entropy, data_of, network_of, options_of, parameters, shards, train
+from ranked import (
+    TOLERANCE,
+    close,
+    cross_entropy,
+    data_of,
+    network_of,
+    options_of,
+    parameters,
+    shards,
+    train,
+)
 
 SECONDS = 40.0
 
@@ -117,20 +127,51 @@ def test_a_rank_that_dies(when: int) -> None:
     assert "RuntimeError" in str(survivor) or "DistBackendError" in str(survivor)
 
 
-def other_schedulers() -> None:
+def changed(name: str, value: Any, when: int, on: list[int], placement: str) -> dict[str, Tensor]:
+    """A setting is changed before a step, on some ranks; bases are due in steps 0, 3, 6, 9."""
     model = network_of("mlp")
-    called = DistributedDataParallel(model)
-    optimizer = tekfac.TEKFAC(called, **options_of("TEKFAC", basis_every=2))
-    for number, (x, y) in enumerate(data_of("mlp", 6)):
-        if number == 3 and dist.get_rank() == 1:
-            optimizer.param_groups[0]["lr"] *= 0.1
+    rank, ranks = (dist.get_rank(), 2) if dist.is_initialized() else (0, 1)
+    called = DistributedDataParallel(model) if ranks > 1 else model
+    optimizer = tekfac.TEKFAC(called, **options_of("TEKFAC", placement=placement))
+    for number, (x, y) in enumerate(shards(data_of("mlp", 48), [48 // ranks] * ranks)[rank]):
+        if number == when and rank in on:
+            if name == "lr":
+                optimizer.param_groups[0][name] = value
+            else:
+                setattr(optimizer, name, value)
         train(model, called, optimizer, [[(x, y)]])
+    return parameters(model)
 
 
-def test_learning_rates_that_come_apart() -> None:
-    for result in outcomes(2, other_schedulers, seconds=SECONDS):
-        assert "ranks differ in their parameter groups" in str(result)
-        assert "rank 0 has lr=0.05, rank 1 has lr=0.005" in str(result)
+@pytest.mark.parametrize(
+    ("name", "value", "before"),
+    [
+        ("lr", 0.005, 0.05),
+        ("factor_every", 3, 2),
+        ("scale_every", 1, 2),
+        ("basis_every", 2, 3),
+        ("basis_every", 7, 3),
+        ("interval_warmup", True, False),
+    ],
+)
+@pytest.mark.parametrize(("when", "placement"), [(1, "replicated"), (2, "sharded")])
+def test_settings_that_come_apart(
+    name: str, value: Any, before: Any, when: int, placement: str
+) -> None:
+    """All go on as before until they compare what they have."""
+    for result in outcomes(2, changed, name, value, when, [1], placement, seconds=SECONDS):
+        what = "parameter groups" if name == "lr" else "settings"
+        assert f"ranks differ in their {what}" in str(result)
+        assert f"rank 0 has {name}={before}, rank 1 has {name}={value}" in str(result)
+
+
+@pytest.mark.parametrize(("name", "value"), [("factor_every", 1), ("basis_every", 2)])
+def test_settings_changed_on_all_ranks(name: str, value: int) -> None:
+    """In a step with bases they count from there, as with one process; else from the next on."""
+    expected = changed(name, value, 3, [0], "auto")
+    for when, placement in ((2, "sharded"), (3, "replicated")):
+        for found in together(2, changed, name, value, when, [0, 1], placement, seconds=SECONDS):
+            close(found, expected, TOLERANCE)
 
 
 def other_states() -> None:

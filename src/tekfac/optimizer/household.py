@@ -6,6 +6,7 @@ Alone, one process holds all of them and does everything itself, by the same cal
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from tekfac.ranks.placement import divided, holders, members, unit_size
 from tekfac.ranks.ranks import Ranks
 from tekfac.ranks.shards import Divided, Undivided
 
+T = TypeVar("T")
 Blocks = Mapping[str, Block]
 
 # Of eigenvectors, in bytes, that a rank has at once of blocks that it does not hold.
@@ -48,7 +50,8 @@ class Household:
             self.lane = ranks.part(grid.lane(ranks.number))
         self.unit = self._copies = Ranks()
         self.homes: dict[str, int] = {}
-        self._alike = False
+        self._alike = self._compared = False
+        self._common: Any = None
 
     @property
     def divided(self) -> bool:
@@ -91,6 +94,18 @@ class Household:
             check_alike(self.ranks, facts())
             self._alike = True
 
+    def common(self, own: T) -> T:
+        """Of settings that decide what ranks tell one another, those that all are known to have.
+
+        What one has changed since they last compared theirs, another may not have: all go on as
+        they were until they compare them next, and those of all ranks are in use then.
+        """
+        if self._compared or not self._alike or self.ranks.count == 1:
+            self._common = own
+        self._compared = False
+        found: T = self._common
+        return found
+
     def agree(self, blocks: Blocks, facts: Callable[[], Mapping[str, str]], parallel: bool) -> None:
         """Have all ranks know the same of what was seen, and check that they are at the same.
 
@@ -106,6 +121,7 @@ class Household:
         highest, lowest, unaveraged, *heard = self.ranks.highest(said)
         if highest != -lowest:
             check_alike(self.ranks, facts())
+        self._compared = True
         self.ranks.averaged |= unaveraged == -1
         for block, told in zip(blocks.values(), own, strict=True):
             block.hear(heard[: len(told)])

@@ -64,6 +64,7 @@ class ModelOptimizer(torch.optim.Optimizer):
     _household: Household
     _events: Events
     _timetable: Timetable
+    _in_use: Intervals
     _preconditioner: Preconditioner
     _capture: Capture | None
     _called = False  # whether the model itself has been called in training
@@ -266,8 +267,9 @@ class ModelOptimizer(torch.optim.Optimizer):
     def _set_due(self) -> None:
         capture = self._capture
         again = capture is not None and self._ranks.repeats(capture.missed)
+        self._in_use = self._household.common(self._intervals())
         self._timetable.announce(
-            self._blocks.values(), self._intervals(), self._ranks, again, self._household.divided
+            self._blocks.values(), self._in_use, self._ranks, again, self._household.divided
         )
         if isinstance(self.fisher, SampledFisher):
             self._ranks.reseed(self.fisher.generator, self.fisher.seed, self._timetable.step)

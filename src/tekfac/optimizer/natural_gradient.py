@@ -388,12 +388,12 @@ class NaturalGradient(ModelOptimizer):
                 return loss
             self._events.go()
         self._agree(capture)
-        self._timetable.welcome(self._blocks.values(), self._intervals())
+        self._timetable.welcome(self._blocks.values(), self._in_use)
         troubled = self._update_curvature(wanted)
         if not (capture.missed or over):
             check_measured(capture, self._blocks, troubled, self._events, self.model, self._method)
         step = self._timetable.step
-        if self._whole and self._intervals().last_turn(step) == step:
+        if self._whole and self._in_use.last_turn(step) == step:
             # Not in every step: it goes through all modules.
             check_grouped(plain_parameters(self.model), self.param_groups, self._events)
         note_unused(capture, self._blocks, self._ranks)
@@ -484,7 +484,7 @@ class NaturalGradient(ModelOptimizer):
         """Bring all blocks up to date; names of those whose batch is known to be unusable."""
         blocks = list(self._blocks.values())
         measured = [block for block in blocks if block.listening]
-        intervals, step = self._intervals(), self._timetable.step
+        intervals, step = self._in_use, self._timetable.step
         for block in blocks:
             block.finish(own_mean=self.fisher is None and self.loss_reduction == "mean")
         self._ranks.pool(measured, late=False)
