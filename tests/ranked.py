@@ -25,6 +25,11 @@ Loss = Callable[[Any, Tensor], Tensor]
 STEPS = 10
 TOLERANCE = 1e-9
 
+DIVIDED = pytest.mark.skipif(
+    not hasattr(torch.cpu.Stream, "record_event"),
+    reason="fully_shard of this version of torch does not run on CPUs",
+)
+
 
 def options_of(method: str, **options: Any) -> dict[str, Any]:
     every = {"factor_every": 2, "basis_every": 3, "interval_warmup": False}

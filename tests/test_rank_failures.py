@@ -10,11 +10,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import tekfac
 from processes import Failed, outcomes, together
 from ranked import (
+    DIVIDED,
     TOLERANCE,
     close,
     cross_entropy,
@@ -104,9 +107,11 @@ def test_trouble_on_one_rank(trouble: str, parallel: bool) -> None:
         assert torch.equal(value, other[name])
 
 
-def dying(when: int) -> None:
+def dying(when: int, divided: bool) -> None:
     model = network_of("mlp")
-    called = DistributedDataParallel(model)
+    called: nn.Module = DistributedDataParallel(model)
+    if divided:
+        called = fully_shard(network_of("mlp"), mesh=init_device_mesh("cpu", (2,)))
     optimizer = tekfac.TEKFAC(called, **options_of("TEKFAC", factor_every=1))
     for number, (x, y) in enumerate(data_of("mlp", 6)):
         cross_entropy(called(x), y).backward()
@@ -116,11 +121,13 @@ def dying(when: int) -> None:
         optimizer.zero_grad()
 
 
-@pytest.mark.parametrize("when", [0, 1, 3])
-def test_a_rank_that_dies(when: int) -> None:
+@pytest.mark.parametrize(
+    ("when", "divided"), [(0, False), (1, False), (3, False), pytest.param(1, True, marks=DIVIDED)]
+)
+def test_a_rank_that_dies(when: int, divided: bool) -> None:
     """The others learn it from the backend, at once: they do not wait for it."""
     start = time.monotonic()
-    survivor, dead = outcomes(2, dying, when, seconds=SECONDS)
+    survivor, dead = outcomes(2, dying, when, divided, seconds=SECONDS)
     assert time.monotonic() - start < SECONDS / 2 + 15
     assert "it died" in str(dead)
     assert isinstance(survivor, Failed)
