@@ -20,6 +20,7 @@ from ranked import (
     DIVIDED,
     TOLERANCE,
     Batch,
+    OfTheOutput,
     alone,
     centrally,
     close,
@@ -98,6 +99,15 @@ def test_copies(method: str) -> None:
     """What `DistributedDataParallel` does, done by what divides models."""
     wrapping("replicate")
     check(2, "mlp", method, [29, 19], {"by": "replicate"}, placement="sharded")
+
+
+@pytest.mark.parametrize(
+    ("method", "ranks", "rows"),
+    [("TEKFAC", 2, 1), pytest.param("KFAC", 4, 2, marks=pytest.mark.slow)],
+)
+def test_labels_that_do_not_depend_on_ranks(method: str, ranks: int, rows: int) -> None:
+    likelihood = OfTheOutput(dim=1)
+    check(ranks, "mlp", method, [12] * ranks, {"rows": rows}, fisher="mc", likelihood=likelihood)
 
 
 # Of two of these with all their values; `test_ranks` has the methods with all that goes with them.

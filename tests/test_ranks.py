@@ -21,6 +21,7 @@ from ranked import (
     STEPS,
     TOLERANCE,
     Batch,
+    OfTheOutput,
     alone,
     centrally,
     close,
@@ -238,20 +239,22 @@ def test_ways_to_give_the_model(way: str) -> None:
 # -- labels that are drawn -------------------------------------------------------------------------
 
 
-class OfTheOutput(tekfac.Categorical):
-    """Labels that only the outputs decide, so that no stream of random numbers is asked."""
-
-    def sample(self, output: Tensor, generator: torch.Generator) -> Tensor:
-        label = (output * torch.arange(1, output.shape[1] + 1)).argmax(1)
-        return output.softmax(1) - F.one_hot(label, output.shape[1])
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_labels_that_do_not_depend_on_ranks(method: str) -> None:
-    data, sizes = data_of("mlp", 16), [11, 5]
+@pytest.mark.parametrize(
+    ("method", "placement", "sizes"),
+    [
+        *((method, "auto", [11, 5]) for method in METHODS),
+        ("KFAC", 0.5, [7, 5, 9, 3]),
+        ("TEKFAC", "sharded", [7, 5, 9, 3]),
+    ],
+)
+def test_labels_that_do_not_depend_on_ranks(
+    method: str, placement: str | float, sizes: list[int]
+) -> None:
+    data = data_of("mlp", sum(sizes))
     options = {"fisher": "mc", "likelihood": OfTheOutput(dim=1)}
     expected = alone("mlp", method, data, sizes, **options)
-    for found, _ in together(2, on_ranks, "mlp", method, data, sizes, options):
+    options["placement"] = placement
+    for found, _ in together(len(sizes), on_ranks, "mlp", method, data, sizes, options):
         close(found, expected, TOLERANCE)
 
 
