@@ -12,11 +12,15 @@ import multiprocessing
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import uuid
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 # That a command has ended by then is a part of every test that starts ranks.
 SECONDS = 240
@@ -38,7 +42,13 @@ class Agent:
         atexit.register(self.end)
 
     def launch(
-        self, count: int, *arguments: str, restarts: int = 0, program: str = ""
+        self,
+        count: int,
+        *arguments: str,
+        restarts: int = 0,
+        program: str = "",
+        nodes: int = 1,
+        meeting: Sequence[str] = ("localhost:0", "alone"),
     ) -> tuple[int, str, str]:
         """Status, output and errors of the command by so many ranks.
 
@@ -47,11 +57,13 @@ class Agent:
             arguments: the command's.
             restarts: as torchrun's.
             program: lines that each rank runs first.
+            nodes: how many agents launch so many ranks each, all of which must be asked.
+            meeting: where these meet, and under which name.
         """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         with tempfile.TemporaryDirectory() as folder:
-            told = [str(Path.cwd()), folder, count, restarts, program, arguments]
+            told = [str(Path.cwd()), folder, count, restarts, program, arguments, nodes, *meeting]
             self._process.stdin.write(json.dumps(told) + "\n")
             self._process.stdin.flush()
             if not select.select([self._process.stdout], [], [], SECONDS)[0]:
@@ -74,18 +86,29 @@ class Agent:
 _agents: list[Agent] = []
 
 
-def launch(
-    count: int, *arguments: str, restarts: int = 0, program: str = ""
-) -> tuple[int, str, str]:
+def launch(count: int, *arguments: str, **options: Any) -> tuple[int, str, str]:
     """`Agent.launch` of one that there is, or else of a new one."""
     agent = _agents.pop() if _agents else Agent()
     try:
-        found = agent.launch(count, *arguments, restarts=restarts, program=program)
+        found = agent.launch(count, *arguments, **options)
     except BaseException:
         agent.end()
         raise
     _agents.append(agent)
     return found
+
+
+def launch_on(
+    nodes: int, count: int, *arguments: str, **options: Any
+) -> list[tuple[int, str, str]]:
+    """The same by agents of so many machines, all of which are this one."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        endpoint = f"localhost:{free.getsockname()[1]}"
+    options |= {"nodes": nodes, "meeting": (endpoint, uuid.uuid4().hex)}
+    with ThreadPoolExecutor(nodes) as threads:
+        asked = [threads.submit(launch, count, *arguments, **options) for _ in range(nodes)]
+        return [each.result() for each in asked]
 
 
 def rank(folder: str, program: str, arguments: list[str]) -> None:
@@ -108,16 +131,16 @@ def serve() -> None:
     # The last two are what every rank would import by itself.
     multiprocessing.set_forkserver_preload(["tekfac.cli.app", "torch._dynamo", "sklearn.datasets"])
     for line in sys.stdin:
-        here, folder, count, restarts, program, arguments = json.loads(line)
+        here, folder, count, restarts, program, arguments, nodes, *meeting = json.loads(line)
         os.chdir(here)
         config = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
+            min_nodes=nodes,
+            max_nodes=nodes,
             nproc_per_node=count,
             max_restarts=restarts,
-            run_id=uuid.uuid4().hex,
+            run_id=meeting[1],
             rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
+            rdzv_endpoint=meeting[0],
             start_method="forkserver",
         )
         status = 0

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from agent import SECONDS, launch
+from agent import SECONDS, launch, launch_on
 from command import PROGRAM, assert_identical, rows, workplace
 from tekfac.runs import folder as runs
 from tekfac.searches import search as searching
@@ -123,6 +123,22 @@ def test_killed_ranks_cost_the_epoch_in_flight_alone() -> None:
     # Printed when it is on disk: none is trained again that was.
     assert epochs == sorted(set(epochs))
     assert len(re.findall(r"^ +(\d+) ", expected, re.MULTILINE)) == EPOCHS
+
+
+def test_two_machines_train_as_one_and_restart_together() -> None:
+    """A rank of one is killed; torchrun counts that as an attempt there, and perhaps not here."""
+    options = [*TRAIN[:-1], "killed", "--epochs", str(EPOCHS), "--batch-size", "20"]
+    program = KILLED.format(kills=1, most=0.2)
+    results = launch_on(2, 1, *options, restarts=3, program=program)
+    assert [status for status, _, _ in results] == [0, 0], results
+    assert Path("kills").exists()
+    writers = [output for _, output, _ in results if output]
+    assert len(writers) == 1
+    assert "run in killed" in writers[0]
+    options[options.index("killed")] = "whole"
+    status, output, errors = launched(2, *options)
+    assert (status, errors) == (0, []), output
+    assert_same_run("killed", "whole")
 
 
 def assert_same_run(one: str, other: str) -> None:
