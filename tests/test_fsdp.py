@@ -386,12 +386,30 @@ def test_groups_that_are_given() -> None:
         assert "but fully_shard divides the model's parameters among [0, 1]" in told[4]
 
 
-def refused() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
-    fully_shard(model[1], mesh=mesh_of(1))
-    tekfac.TEKFAC(model)
+def refused(way: str) -> None:
+    with torch.device("meta" if way == "meta" else "cpu"):
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    if way == "afterwards":
+        optimizer = tekfac.TEKFAC(model)
+        divided(model)
+        cross_entropy(model(torch.ones(2, 4)), torch.arange(2)).backward()
+        optimizer.step()
+    else:
+        fully_shard(model[1] if way == "in part" else model, mesh=mesh_of(1))
+        tekfac.TEKFAC(model)
 
 
-def test_what_is_refused() -> None:
-    for result in outcomes(2, refused, seconds=SECONDS):
-        assert "NotImplementedError: parameter '0.weight' is whole on every rank" in str(result)
+@pytest.mark.parametrize(
+    ("way", "words"),
+    [
+        ("in part", "NotImplementedError: parameter '0.weight' is whole on every rank"),
+        ("meta", "kept on meta, not cpu (make the optimizer after to_empty())"),
+        (
+            "afterwards",
+            "RuntimeError: parameters '0.weight', '0.bias', '1.weight' and others were ",
+        ),
+    ],
+)
+def test_what_is_refused(way: str, words: str) -> None:
+    for result in outcomes(2, refused, way, seconds=SECONDS):
+        assert words in str(result)

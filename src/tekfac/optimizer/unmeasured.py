@@ -13,6 +13,7 @@ from tekfac.checks import first_few
 from tekfac.curvature.blocks import Block
 from tekfac.layers.uses import multiplies
 from tekfac.optimizer.events import Events
+from tekfac.ranks.layout import mesh_of
 from tekfac.ranks.ranks import Ranks
 
 Blocks = Mapping[str, Block]
@@ -93,9 +94,18 @@ def check_grouped(
         parameters: the model's, by name.
         groups: the optimizer's.
         events: where it is said once.
+
+    Raises:
+        RuntimeError: if they are others than when the optimizer was made, divided among ranks.
     """
     trained = {p for group in groups for p in group["params"]}
     left = [name for name, p in parameters.items() if p.grad is not None and p not in trained]
+    if _divided(parameters[name] for name in left) and not _divided(trained):
+        raise RuntimeError(
+            f"parameters {first_few([*map(repr, left)])} were divided among ranks (fully_shard, "
+            "parallelize_module) after the optimizer was made, which has the tensors that were in "
+            "their place: make it last"
+        )
     if left:
         events.warn(
             "left",
@@ -103,6 +113,10 @@ def check_grouped(
             "group, and stay as they are: they were frozen, or not in the model, when the "
             "optimizer was made; add_param_group({'params': [...]}) trains them from now on",
         )
+
+
+def _divided(parameters: Iterable[nn.Parameter]) -> bool:
+    return any(mesh_of(p) is not None for p in parameters)
 
 
 def note_unused(capture: Capture, blocks: Blocks, ranks: Ranks) -> None:

@@ -220,7 +220,8 @@ def _unknown(p: Any, data: DeviceMesh | None, others: DeviceMesh | None, widest:
     if data != others or (p.device_mesh != widest and p.device_mesh != data):
         return f"on {p.device_mesh}, where others are on {widest}"
     if p.device.type != p.device_mesh.device_type:
-        return f"kept on {p.device.type}, not {p.device_mesh.device_type} (CPUOffloadPolicy)"
+        why = "make the optimizer after to_empty()" if p.is_meta else "CPUOffloadPolicy"
+        return f"kept on {p.device.type}, not {p.device_mesh.device_type} ({why})"
     return ""
 
 
