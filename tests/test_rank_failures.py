@@ -67,6 +67,24 @@ def test_other_models() -> None:
         assert "rank 1 has 0.weight: (5, 5)" in str(result)
 
 
+def other_values(wrapped: bool) -> dict[str, Tensor]:
+    """Of each rank, parameters of its own, which `DistributedDataParallel` would make the same."""
+    model = network_of("mlp")
+    with torch.no_grad():
+        model[2].weight += dist.get_rank()  # type: ignore[operator]
+    optimizer = tekfac.TEKFAC(model, **options_of("TEKFAC"))
+    called = DistributedDataParallel(model) if wrapped else model
+    return train(model, called, optimizer, [[each] for each in data_of("mlp", 6)])
+
+
+def test_other_values() -> None:
+    for result in outcomes(2, other_values, False, seconds=SECONDS):
+        assert "ValueError: ranks differ in the values of their parameters" in str(result)
+        assert "rank 0 has 2.weight: values of sum" in str(result)
+    one, other = together(2, other_values, True, seconds=SECONDS)
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
 def with_trouble(trouble: str, parallel: bool) -> tuple[dict[str, Tensor], dict[str, int]]:
     """Training in which something happens to rank 1's third batch, or to its gradient."""
     model = network_of("mlp")

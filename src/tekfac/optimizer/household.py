@@ -50,7 +50,7 @@ class Household:
             self.lane = ranks.part(grid.lane(ranks.number))
         self.unit = self._copies = Ranks()
         self.homes: dict[str, int] = {}
-        self._alike = self._compared = False
+        self._alike = self._compared = self._met = False
         self._common: Any = None
 
     @property
@@ -106,21 +106,33 @@ class Household:
         found: T = self._common
         return found
 
-    def agree(self, blocks: Blocks, facts: Callable[[], Mapping[str, str]], parallel: bool) -> None:
+    def agree(
+        self,
+        blocks: Blocks,
+        facts: Callable[[], Mapping[str, str]],
+        values: Callable[[], str],
+        parallel: bool,
+    ) -> None:
         """Have all ranks know the same of what was seen, and check that they are at the same.
 
         Args:
             blocks: all.
             facts: gives what ranks must agree on; one alone is not asked, which would take as long
                 as a small step.
+            values: gives that of parameters' values, for the first time that ranks are asked:
+                whoever makes them the same does so before the first step.
             parallel: whether the model was seen within a `DistributedDataParallel` here.
         """
-        mark = digest(facts()) if self.ranks.count > 1 else 0
+        known = {} if self.ranks.count == 1 else {**facts()}
+        if known and not self._met:
+            known["the values of their parameters"] = values()
+        self._met = True
+        mark = digest(known)
         own = [block.tell() for block in blocks.values()]
         said = [mark, -mark, -int(parallel), *(each for told in own for each in told)]
         highest, lowest, unaveraged, *heard = self.ranks.highest(said)
         if highest != -lowest:
-            check_alike(self.ranks, facts())
+            check_alike(self.ranks, known)
         self._compared = True
         self.ranks.averaged |= unaveraged == -1
         for block, told in zip(blocks.values(), own, strict=True):

@@ -38,7 +38,7 @@ from tekfac.optimizer.update import (
     within_rms,
 )
 from tekfac.ranks.fully_sharded import plain_parameters
-from tekfac.ranks.group import facts_of, ranks_for
+from tekfac.ranks.group import facts_of, ranks_for, values_of
 from tekfac.ranks.layout import layout_of
 from tekfac.ranks.placement import check_placement
 from tekfac.ranks.uneven import Uneven, check_joined, joinable_part
@@ -326,6 +326,9 @@ class NaturalGradient(ModelOptimizer):
             "the steps that they took": str(self._timetable.step),
         }
 
+    def _values(self) -> str:
+        return values_of(plain_parameters(self.model))
+
     # -- the step ----------------------------------------------------------------------------------
 
     @overload
@@ -477,7 +480,7 @@ class NaturalGradient(ModelOptimizer):
             block.due.basis or (block.listening and block.factors.empty) for block in blocks
         ):
             return
-        self._household.agree(self._blocks, self._facts, capture.parallel)
+        self._household.agree(self._blocks, self._facts, self._values, capture.parallel)
         capture.settle(block.name for block in blocks if block.pending)
 
     def _update_curvature(self, wanted: Verdict) -> set[str]:

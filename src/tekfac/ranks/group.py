@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tekfac.ranks.layout import Layout
+from tekfac.ranks.layout import Layout, mesh_of
 from tekfac.ranks.ranks import Group, Ranks
 
 if TYPE_CHECKING:
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 # Entries of an output that ranks compare at most, and a difference of angles that is rounding's.
 COMPARED, ROUNDING = 2**16, 1e-3
+
+# Integers as long as numbers are, by bytes.
+BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 # What sums may be sent as: types with the range of float32.
 WIRES = (torch.bfloat16, torch.float32, torch.float64)
@@ -196,6 +199,19 @@ def _difference(one: str, other: str) -> tuple[str, str]:
             return a, b
     longer = ones[len(others) :] or others[len(ones) :]
     return (longer[0], "nothing there") if len(ones) > len(others) else ("nothing there", longer[0])
+
+
+def values_of(parameters: Mapping[str, Tensor]) -> str:
+    """Parameters that a rank has whole, by name, with a number that tells their values, in lines.
+
+    A sum of their bits, which does not depend on how it is added up.
+    """
+    sums = {
+        name: p.detach().view(BITS[p.element_size()]).sum(dtype=torch.int64)
+        for name, p in parameters.items()
+        if mesh_of(p) is None and p.element_size() in BITS and not p.is_meta
+    }
+    return "\n".join(f"{name}: values of sum {int(each)}" for name, each in sums.items())
 
 
 def facts_of(parameters: Mapping[str, Tensor]) -> str:
