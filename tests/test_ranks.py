@@ -397,6 +397,30 @@ def test_what_is_sent(method: str) -> None:
     assert sum(size for _, size in less) < 0.62 * size
 
 
+def counted(method: str | None) -> list[int]:
+    """How many collectives the backend was given in each step, whoever asked for them."""
+    model = network_of("mlp")
+    parallel = DistributedDataParallel(model)
+    optimizer: Any = torch.optim.SGD(model.parameters(), 0.1)
+    if method is not None:
+        optimizer = getattr(tekfac, method)(parallel, **options_of(method, placement="replicated"))
+    found = []
+    for each in data_of("mlp", 8):
+        before = dist.group.WORLD._get_sequence_number_for_group()
+        train(model, parallel, optimizer, [[each]])
+        found.append(dist.group.WORLD._get_sequence_number_for_group() - before)
+    return found
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_quiet_step_has_the_collectives_of_any_optimizer(method: str) -> None:
+    """Statistics are due in every other step, bases in every third."""
+    [usual, _], [found, _] = together(2, counted, None), together(2, counted, method)
+    quiet = [step for step in range(STEPS) if step % 2 and step % 3]
+    assert [found[step] for step in quiet] == [usual[step] for step in quiet]
+    assert all(found[step] > usual[step] for step in range(STEPS) if step not in quiet)
+
+
 @pytest.mark.parametrize("method", ["KFAC", "TEKFAC"])
 def test_whole_bases_go_to_those_who_need_them(method: str) -> None:
     """A rank that holds no block is told eigenvalues alone, until statistics are rotated."""
