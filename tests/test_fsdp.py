@@ -10,8 +10,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
 from torch.utils.checkpoint import checkpoint as recomputed
 
 import tekfac
@@ -218,6 +220,68 @@ def test_with_everything(synchronised: bool) -> None:
     for found, told in together(2, with_everything, synchronised, seconds=SECONDS):
         close(found, expected, TOLERANCE)
         assert told.replace("FSDP", "") == treatment  # classes have other names
+
+
+class Tokens(nn.Module):
+    """A table, whose weight may be the head's, and a layer between."""
+
+    def __init__(self, tied: bool) -> None:
+        super().__init__()
+        self.table, self.body = nn.Embedding(7, 6), nn.Linear(6, 6)
+        self.head = nn.Linear(6, 7, bias=False)
+        if tied:
+            self.head.weight = self.table.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(self.table(x)).tanh().mean(1))
+
+
+def in_a_way(way: str) -> tuple[dict[str, Tensor], list[str]]:
+    """Parameters after training, and the layers that have a curvature."""
+
+    def made() -> nn.Module:
+        torch.manual_seed(5)
+        return Tokens(tied=way == "tied").double()
+
+    rank, ranks = (dist.get_rank(), 2) if dist.is_initialized() else (0, 1)
+    model: Any = made()
+    if way == "frozen":
+        model.table.requires_grad_(False)
+        model.body.bias.requires_grad_(False)
+    called = model
+    if ranks > 1:
+        mesh, options = mesh_of(1), {}
+        if way == "columns":
+            options["shard_placement_fn"] = lambda p: Shard(1) if p.dim() > 1 else None
+        if way == "on meta":
+            with torch.device("meta"):
+                model = called = Tokens(tied=False).double()
+        if way == "compiled parts":
+            model.body.compile(backend="aot_eager")
+        fully_shard(model.body, mesh=mesh, **options)
+        fully_shard(model, mesh=mesh, **options)
+        if way == "on meta":
+            model.to_empty(device="cpu")
+            whole_state = StateDictOptions(full_state_dict=True)
+            set_model_state_dict(model, made().state_dict(), options=whole_state)
+        if way == "compiled":
+            called = torch.compile(model, backend="aot_eager")
+    optimizer = tekfac.TEKFAC(called, **options_of("TEKFAC"))
+    torch.manual_seed(1)
+    data = [(torch.randint(7, (24, 3)), torch.randint(7, (24,))) for _ in range(STEPS)]
+    mine = [[(x.chunk(ranks)[rank], y.chunk(ranks)[rank])] for x, y in data]
+    train(called, called, optimizer, mine)
+    return whole(model), [name for name, block in optimizer.blocks.items() if not block.empty]
+
+
+@pytest.mark.parametrize(
+    "way", ["tied", "frozen", "columns", "on meta", "compiled parts", "compiled"]
+)
+def test_what_models_may_be(way: str) -> None:
+    expected, names = in_a_way(way)
+    for found, seen in together(2, in_a_way, way, seconds=SECONDS):
+        close(found, expected, TOLERANCE)
+        assert seen == names
 
 
 @pytest.mark.parametrize("fisher", ["exact", "empirical"])

@@ -188,14 +188,17 @@ class Holder(nn.Module):
         return self.inner(x)  # type: ignore[no-any-return]
 
 
-WAYS = ["given", "afterwards", "holder", "compiled", "compiled inside", "static", "mesh"]
+WAYS = ["given", "afterwards", "holder", "compiled", "compiled inside", "static", "views", "mesh"]
 
 
 def in_a_way(way: str, data: Sequence[Batch]) -> tuple[dict[str, Tensor], list[str], int]:
     """Parameters, the blocks' names, and how many gradients DDP's hooks have seen in a step."""
     model = network_of("mlp")
     inner = torch.compile(model, backend="eager") if way == "compiled inside" else model
-    parallel = DistributedDataParallel(inner, static_graph=way == "static")
+    views = way == "views"
+    parallel = DistributedDataParallel(
+        inner, static_graph=way == "static", gradient_as_bucket_view=views
+    )
     called: nn.Module = parallel
     given: nn.Module = called
     options = options_of("TEKFAC")
