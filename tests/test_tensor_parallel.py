@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -48,7 +47,6 @@ from ranked import (
     whole,
     wrapping,
 )
-from tekfac.curvature.linalg import eigh
 from tekfac.ranks.layout import Grid
 from tekfac.ranks.ranks import Group, Ranks
 
@@ -253,92 +251,6 @@ def test_parts_where_copies_are_divided_twice() -> None:
     assert not grid.same_copy(norm, 0, 1)
 
 
-# -- attention, and what rounding decides ----------------------------------------------------------
-
-
-class Attention(nn.Module):
-    """A block of a transformer, whose heads are divided among ranks."""
-
-    def __init__(self, classes: int) -> None:
-        super().__init__()
-        self.table, self.head = nn.Embedding(TOKENS, 8), nn.Linear(8, classes)
-        self.q, self.k, self.v, self.o = (nn.Linear(8, 8) for _ in range(4))
-        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.table(x)
-        q, k, v = (layer(h).unflatten(-1, (-1, 4)) for layer in (self.q, self.k, self.v))
-        weights = torch.einsum("bshd,bthd->bhst", q, k).softmax(-1)
-        h = h + self.o(torch.einsum("bhst,bthd->bshd", weights, v).flatten(2))
-        return self.head(h + self.down(self.up(h).tanh()))
-
-
-HEADS = {name: ColwiseParallel() for name in ("q", "k", "v", "up")}
-HEADS |= {name: RowwiseParallel() for name in ("o", "down")}
-
-Choose = Callable[[Tensor], Tensor]
-
-
-def settled(free: Tensor) -> Tensor:
-    """The basis of a subspace that is nearest to some directions, whichever it was given by."""
-    some = torch.randn(free.shape, generator=torch.Generator().manual_seed(3), dtype=free.dtype)
-    return torch.linalg.qr(free @ (free.mT @ some)).Q
-
-
-def turned(free: Tensor) -> Tensor:
-    """Another basis of a subspace."""
-    some = torch.randn(free.shape[1], free.shape[1], dtype=free.dtype)
-    return free @ torch.linalg.qr(some).Q
-
-
-def choosing(choose: Choose, matrix: Tensor) -> tuple[Tensor, Tensor] | None:
-    """`eigh`, with another choice of the eigenvectors that have the eigenvalue zero."""
-    found = eigh(matrix)
-    assert found is not None
-    values, vectors = found[0], found[1].clone()
-    for own, columns in zip(values, vectors, strict=True):
-        free = int((own < 1e-12 * own.max()).sum())
-        columns[:, :free] = choose(columns[:, :free])
-    return values, vectors
-
-
-def attending(method: str, classes: int, choose: Choose | None) -> dict[str, Tensor]:
-    torch.manual_seed(2)
-    model = Attention(classes).double()
-    if dist.is_initialized():
-        parallelize_module(model, mesh_of(1)["tensor"], HEADS)
-    optimizer = getattr(tekfac, method)(model, **options_of(method))
-    found = eigh if choose is None else partial(choosing, choose)
-    with mock.patch("tekfac.curvature.moments.eigh", found):
-        for x, _ in batches(24, 7):
-            optimizer.zero_grad()
-            loss_of(model(x), x % classes).backward()
-            optimizer.step()
-    return whole(model)
-
-
-@pytest.mark.parametrize(
-    ("method", "classes", "choose"),
-    [("TEKFAC", 12, None), ("TEKFAC", 5, settled), pytest.param("EKFAC", 12, None, marks=SLOW)],
-)
-def test_attention(method: str, classes: int, choose: Choose | None) -> None:
-    """Fewer classes than a layer is wide leave directions without any gradient of the first batch.
-
-    Which basis they have is up to rounding: one is chosen for all.
-    """
-    expected = attending(method, classes, choose)
-    for found in together(2, attending, method, classes, choose, seconds=SECONDS):
-        close(found, expected, TOLERANCE)
-
-
-def test_a_basis_that_rounding_chooses_is_no_fault_of_ranks() -> None:
-    """One process differs from itself as much, and where all directions have gradients does not."""
-    for classes, least, most in ((5, 1e-6, 1e-2), (12, 0.0, TOLERANCE)):
-        one, other = (attending("TEKFAC", classes, choose) for choose in (None, turned))
-        far = max(float((other[name] - one[name]).norm() / one[name].norm()) for name in one)
-        assert least <= far < most
-
-
 # -- what a loop may do ----------------------------------------------------------------------------
 
 
@@ -425,15 +337,61 @@ def test_ranks_that_see_the_same_draw_the_same(monkeypatch: pytest.MonkeyPatch) 
 # -- states ----------------------------------------------------------------------------------------
 
 
-def trained(folder: Path, first: bool) -> dict[str, Tensor]:
-    """A half of a training, in which the second goes on from what the first has saved."""
+def hop(folder: Path, number: int, rows: int, tensor: bool) -> dict[str, Tensor]:
+    """Two steps of a training that goes on where others have left it, and leaves it to others."""
+    model, row = network(), 0
+    if dist.is_initialized():
+        mesh = mesh_of(rows)
+        if tensor:
+            parallelize_module(model, mesh["tensor"], PLANS["all"])
+        for part in (*model.children(), model) if rows > 1 else ():
+            fully_shard(part, mesh=mesh["data"])
+        row = mesh.get_local_rank("data")
+    optimizer = tekfac.TEKFAC(model, **options_of("TEKFAC", placement="sharded", momentum=0.9))
+
+    def states() -> dict[str, Any]:
+        return {
+            "model": get_model_state_dict(model),
+            "optimizer": get_optimizer_state_dict(model, optimizer),
+        }
+
+    if number:
+        found = states()
+        checkpoint.load(found, checkpoint_id=folder / str(number - 1))
+        set_model_state_dict(model, found["model"])
+        set_optimizer_state_dict(model, optimizer, found["optimizer"])
+    for x, y in shards(batches(12), [12 // rows] * rows)[row][2 * number : 2 * number + 2]:
+        optimizer.zero_grad()
+        loss_of(model(x), y).backward()
+        optimizer.step()
+    checkpoint.save(states(), checkpoint_id=folder / str(number))
+    return whole(model)
+
+
+# Ranks, rows of them, and whether the ranks of a row multiply together.
+HANDS = [(2, 1, True), (1, 1, False), (4, 2, True), (2, 2, False), (2, 1, True)]
+
+
+def test_a_training_that_changes_hands(tmp_path: Path) -> None:
+    """Saved in parts, and gone on with by others, divided in another way or not at all."""
+    expected = alone("TEKFAC", 12, momentum=0.9)
+    for number, (ranks, rows, tensor) in enumerate(HANDS):
+        args = (tmp_path, number, rows, tensor)
+        results = together(ranks, hop, *args, seconds=SECONDS) if ranks > 1 else [hop(*args)]
+    for found in results:
+        close(found, expected, TOLERANCE)
+
+
+def from_one_file(path: Path) -> dict[str, Tensor]:
+    """Whole states that rank 0 has, whoever saved them."""
     model = network()
     if dist.is_initialized():
         parallelize_module(model, mesh_of(1)["tensor"], PLANS["all"])
     optimizer = tekfac.TEKFAC(model, **options_of("TEKFAC", placement="sharded"))
     full = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    first = not path.exists()
     if not first:
-        states = torch.load(folder / "states.pt", weights_only=True)
+        states = torch.load(path, weights_only=True)
         set_model_state_dict(model, states[0], options=full)
         set_optimizer_state_dict(model, optimizer, states[1], options=full)
     for x, y in batches(6, 6)[: 3 if first else None][0 if first else 3 :]:
@@ -444,16 +402,17 @@ def trained(folder: Path, first: bool) -> dict[str, Tensor]:
         model_state = get_model_state_dict(model, options=full)
         states = [model_state, get_optimizer_state_dict(model, optimizer, options=full)]
         if not dist.is_initialized() or dist.get_rank() == 0:
-            torch.save(states, folder / "states.pt")
+            torch.save(states, path)
     return whole(model)
 
 
 def test_states_fit_one_process_and_back(tmp_path: Path) -> None:
     expected = alone("TEKFAC", 6, steps=6)
-    together(2, trained, tmp_path, True, seconds=SECONDS)
-    close(trained(tmp_path, False), expected, TOLERANCE)
-    trained(tmp_path, True)
-    for found in together(2, trained, tmp_path, False, seconds=SECONDS):
+    paths = tmp_path / "theirs", tmp_path / "ours"
+    together(2, from_one_file, paths[0], seconds=SECONDS)
+    close(from_one_file(paths[0]), expected, TOLERANCE)
+    from_one_file(paths[1])
+    for found in together(2, from_one_file, paths[1], seconds=SECONDS):
         close(found, expected, TOLERANCE)
 
 
