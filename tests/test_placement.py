@@ -202,6 +202,24 @@ def test_a_state_goes_to_any_number_of_ranks_and_back(method: str) -> None:
         close(found, expected, TOLERANCE)
 
 
+def saved_by_one(data: Sequence[Batch]) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """Rank 0 alone asks for the state, which every rank has."""
+    model = wide()
+    called = DistributedDataParallel(model)
+    optimizer = made("TEKFAC", called, placement="replicated")
+    mine = shards(data, [len(data[0][0]) // 2] * 2)[dist.get_rank()]
+    found = train(model, called, optimizer, [[part] for part in mine])
+    return found, copy.deepcopy(optimizer.state_dict()) if dist.get_rank() == 0 else None
+
+
+def test_one_rank_saves_a_state_that_all_have() -> None:
+    data = batches_of(64, 8)
+    model = wide()
+    expected = train(model, model, made("TEKFAC", model), [[part] for part in data])
+    [(start, state), _] = together(2, saved_by_one, data[:4])
+    close(resumed("TEKFAC", data[4:], {}, state, start), expected, TOLERANCE)
+
+
 def same_state(one: dict[str, Any], other: dict[str, Any]) -> None:
     for key, values in one["state"].items():
         for name, value in values.items():
