@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tekfac.ranks.layout import Layout, mesh_of
+from tekfac.ranks.layout import Layout
 from tekfac.ranks.ranks import Group, Ranks
 
 if TYPE_CHECKING:
@@ -202,14 +202,15 @@ def _difference(one: str, other: str) -> tuple[str, str]:
 
 
 def values_of(parameters: Mapping[str, Tensor]) -> str:
-    """Parameters that a rank has whole, by name, with a number that tells their values, in lines.
+    """Parameters by name, with a number that tells their values, in lines.
 
-    A sum of their bits, which does not depend on how it is added up.
+    A sum of their bits, which does not depend on how it is added up. What ranks have parts of, and
+    other kinds of tensors, are left out.
     """
     sums = {
         name: p.detach().view(BITS[p.element_size()]).sum(dtype=torch.int64)
         for name, p in parameters.items()
-        if mesh_of(p) is None and p.element_size() in BITS and not p.is_meta
+        if type(p) in (Tensor, nn.Parameter) and p.element_size() in BITS and not p.is_meta
     }
     return "\n".join(f"{name}: values of sum {int(each)}" for name, each in sums.items())
 
