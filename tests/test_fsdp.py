@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 from torch.utils.checkpoint import checkpoint as recomputed
 
@@ -458,6 +458,8 @@ def refused(way: str) -> None:
         divided(model)
         cross_entropy(model(torch.ones(2, 4)), torch.arange(2)).backward()
         optimizer.step()
+    elif way == "the older one":
+        tekfac.TEKFAC(FullyShardedDataParallel(model, device_id=torch.device("cpu")))
     else:
         fully_shard(model[1] if way == "in part" else model, mesh=mesh_of(1))
         tekfac.TEKFAC(model)

@@ -155,13 +155,19 @@ def layout_of(model: nn.Module) -> Layout | None:
     kind = divided_kind()
     if kind is None:
         return None
-    if any(map(_puts_parts_in, model.modules())):
-        raise NotImplementedError(
-            "DistributedDataParallel with a device_mesh around tensor parallelism takes the "
-            "divided parameters out of the model: after its first pass torch itself finds none of "
-            "them to train or to save. Have copies of the model by fully_shard(model, mesh=...) on "
-            "the data-parallel dimension, or by torch's replicate(model, mesh=...)"
-        )
+    for module in model.modules():
+        if _puts_parts_in(module):
+            raise NotImplementedError(
+                "DistributedDataParallel with a device_mesh around tensor parallelism takes the "
+                "divided parameters out of the model: after its first pass torch itself finds none "
+                "of them to train or to save. Have copies of the model by fully_shard(model, "
+                "mesh=...) on the data-parallel dimension, or by torch's replicate(model, mesh=...)"
+            )
+        if type(module).__name__ == "FullyShardedDataParallel":
+            raise NotImplementedError(
+                "FullyShardedDataParallel has layers multiply by parts of one flat parameter, in "
+                "which they can't be told: divide the model by fully_shard, which took its place"
+            )
     parts = sharded_parts(model)
     for part in parts:
         part.reshard()  # a root's parameters stay whole after a forward pass
