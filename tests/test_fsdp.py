@@ -355,6 +355,24 @@ def test_a_bad_gradient_is_bad_everywhere() -> None:
         assert "the gradient of '0.weight' is not finite" in told
 
 
+def with_copies(different: bool) -> None:
+    """Two copies of a model, each in two parts, which are to have the same values."""
+    model = network_of("mlp")
+    if different:
+        with torch.no_grad():
+            model[2].weight[-1] += dist.get_rank() // 2  # type: ignore[index]
+    divided(model, 2)
+    optimizer = tekfac.TEKFAC(model, **options_of("TEKFAC"))
+    train(model, model, optimizer, [[each] for each in data_of("mlp", 8, 1)])
+
+
+def test_copies_with_other_values() -> None:
+    together(4, with_copies, False, seconds=SECONDS)
+    for result in outcomes(4, with_copies, True, seconds=SECONDS):
+        assert "ValueError: ranks differ in the values of their parameters" in str(result)
+        assert "rank 2 has 2.weight: values of sum" in str(result)
+
+
 def adaptively(placement: str) -> tuple[list[float], dict[str, Tensor]]:
     """The ratios that damping goes by, which only some ranks can tell parts of."""
     model = network_of("mlp")

@@ -13,8 +13,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tekfac.ranks.layout import Layout
+from tekfac.ranks.layout import Layout, mesh_of
 from tekfac.ranks.ranks import Group, Ranks
+from tekfac.ranks.shards import local
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -202,16 +203,26 @@ def _difference(one: str, other: str) -> tuple[str, str]:
 
 
 def values_of(parameters: Mapping[str, Tensor]) -> str:
-    """Parameters by name, with a number that tells their values, in lines.
+    """Parameters by name, with a number that tells their values, in lines. All ranks must ask.
 
-    A sum of their bits, which does not depend on how it is added up. What ranks have parts of, and
-    other kinds of tensors, are left out.
+    A sum of their bits, which does not depend on how it is added up; of parameters of which ranks
+    have parts, that of all parts together. Other kinds of tensors are left out.
     """
-    sums = {
-        name: p.detach().view(BITS[p.element_size()]).sum(dtype=torch.int64)
-        for name, p in parameters.items()
-        if type(p) in (Tensor, nn.Parameter) and p.element_size() in BITS and not p.is_meta
-    }
+    sums: dict[str, Tensor] = {}
+    in_parts: dict[tuple[Any, Any], list[str]] = {}
+    for (name, p), own in zip(parameters.items(), local(parameters.values()), strict=True):
+        if type(own) in (Tensor, nn.Parameter) and own.element_size() in BITS and not own.is_meta:
+            sums[name] = own.detach().view(BITS[own.element_size()]).sum(dtype=torch.int64)
+            mesh = mesh_of(p)
+            if mesh is not None:
+                placements: Any = getattr(p, "placements", ())
+                in_parts.setdefault((mesh, placements), []).append(name)
+    for (mesh, placements), names in in_parts.items():
+        totals = torch.stack([sums[name] for name in names])
+        for number, placement in enumerate(placements):
+            if hasattr(placement, "dim"):
+                dist.all_reduce(totals, group=mesh.get_group(number))
+        sums |= zip(names, totals, strict=True)
     return "\n".join(f"{name}: values of sum {int(each)}" for name, each in sums.items())
 
 
