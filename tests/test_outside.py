@@ -167,3 +167,63 @@ def test_frames_of_a_length_that_soft_targets_leave_out() -> None:
     for name, trace in found.items():
         truth = dense_fisher(rows, list(model[int(name)].parameters()))
         assert trace == pytest.approx(float(truth.trace()), rel=1e-9)
+
+
+# -- features and log-probabilities, which are no logits -------------------------------------------
+
+
+def features() -> nn.Sequential:
+    """An encoder that ends in a layer norm: each of its rows sums to zero."""
+    return nn.Sequential(*clear(), nn.LayerNorm(4).double())
+
+
+COMPARED: dict[str, Callable[[Tensor], Tensor]] = {
+    "triplets": lambda z: F.triplet_margin_loss(z[:3], z[3:6], z[5:8], margin=5.0),
+    "cosines": lambda z: F.mse_loss(F.cosine_similarity(z[:4], z[4:]), torch.zeros(4).double()),
+    "contrast": lambda z: F.cross_entropy(F.normalize(z[:4]) @ F.normalize(z[4:]).T, labels(4)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("kind", COMPARED)
+def test_features_that_are_compared_are_no_logits(kind: str, dtype: torch.dtype) -> None:
+    """Their gradients sum to zero because they do themselves, and not for a softmax."""
+    x, loss = seeded(8, 4).to(dtype), COMPARED[kind]
+    with pytest.raises(ValueError, match=r"but so does the output itself, .* in the model, or in"):
+        warned_of(features().to(dtype), lambda m: loss(m(x).double()))
+
+
+def test_logits_that_sum_to_zero_are_logits() -> None:
+    """As those of a last layer that was zero once, and trained by a cross entropy's gradient."""
+    model, x, y = clear(), seeded(8, 4), labels(8, classes=4)
+    with torch.no_grad():
+        model[2].weight -= model[2].weight.mean(0)
+        model[2].bias -= model[2].bias.mean()
+    found = traces(model, lambda m: F.cross_entropy(m(x), y))
+    for name, trace in found.items():
+        rows = [model(row[None]) for row in x]
+        truth = float(dense_fisher(rows, list(model[int(name)].parameters())).trace())
+        assert trace == pytest.approx(truth, rel=1e-9)
+
+
+class LabelsAlone(nn.Module):
+    """Returns the log-probabilities of the data's labels and no logits, as fused heads do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = clear()
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return -F.cross_entropy(self.net(x).flatten(0, 1), y.flatten(), reduction="none").view_as(y)
+
+
+def test_log_probabilities_of_labels_are_no_logits() -> None:
+    x, y = seeded(6, 3, 4), labels(6, 3, classes=4)
+
+    def run(m: nn.Module) -> Tensor:
+        return -m(x, y).mean()
+
+    with pytest.raises(ValueError, match="no other label can be drawn; return the logits"):
+        warned_of(LabelsAlone(), run)
+    (words,) = warned_of(LabelsAlone(), run, likelihood=tekfac.Categorical(dim=-1))
+    assert "not even nearly sum to zero along dimension -1" in words

@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from tekfac import verdict
 from tekfac.capture.delivery import Delivery, Expected
-from tekfac.capture.doubts import doubt_of, is_rounding
+from tekfac.capture.doubts import doubt_of, is_no_softmax, is_rounding
 from tekfac.capture.examples import Examples, Order, projected
 from tekfac.capture.fisher import ExactFisher, Fisher
 from tekfac.capture.graph import (
@@ -34,7 +34,7 @@ from tekfac.capture.graph import (
     read_scales,
     search,
 )
-from tekfac.capture.likelihoods import Likelihood, is_open
+from tekfac.capture.likelihoods import Categorical, Likelihood, is_open
 from tekfac.capture.observer import Observer, cleared
 from tekfac.capture.passes import Overheard, Pass
 from tekfac.layers import Assignment, Form, as_used
@@ -355,6 +355,16 @@ class Measuring:
             words = ""
             if self.fisher is not None and is_open(given):
                 words = doubt_of(output, gradient, getattr(fitted, "dim", -1))
+            elif isinstance(fitted, Categorical) and is_no_softmax(output, gradient, fitted.dim):
+                warnings.warn(
+                    f"the gradient of the loss by the output of shape {tuple(output.shape)} does "
+                    f"not even nearly sum to zero along dimension {fitted.dim}, as a "
+                    "softmax's does: it holds no logits of classes there, and the curvature is not "
+                    "that of this loss. Return logits (log-probabilities of the data's labels "
+                    "alone are none), or give another likelihood, or output=",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
             if words:
                 warnings.warn(
                     "the loss is no cross entropy of the model's output of shape "

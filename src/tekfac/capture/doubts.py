@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tekfac.capture.likelihoods import SUMS_TO_ZERO, off_zero
 from tekfac.numerics import wide
 
 # Terms that are looked at.
@@ -23,6 +24,10 @@ CLEAR = 1e-3
 # How far logarithms of probabilities differ where a power of them can be told, and how exactly that
 # is to be met: what a smoothed label leaves comes near to one.
 SPREAD, EXACT = 0.1, 2e-3
+
+# How far a gradient's sums over classes are from zero, of their absolute sums, where there was no
+# softmax.
+FAR = 0.5
 
 
 def doubt_of(logits: Tensor, gradient: Tensor, dim: int) -> str:
@@ -54,6 +59,17 @@ def doubt_of(logits: Tensor, gradient: Tensor, dim: int) -> str:
         highest = float(log_p.exp()[blind].max())
         return f"classes that it gives probabilities of up to {highest:.2g} are left out"
     return _power(log_p, g)
+
+
+def is_no_softmax(logits: Tensor, gradient: Tensor, dim: int) -> bool:
+    """Whether a gradient is so far from a softmax's that it can't be one with something added.
+
+    For outputs that are said to be logits. Similarities that are compared along both dimensions, or
+    logits with a penalty on them, come near enough to one.
+    """
+    if bool(logits.to(wide(logits.dtype)).logsumexp(dim).abs().max() < SUMS_TO_ZERO):
+        return False  # log-probabilities: the softmax's gradient is still to be made of theirs
+    return off_zero(gradient, dim) > FAR
 
 
 def is_rounding(gradient: Tensor) -> bool:

@@ -102,6 +102,30 @@ def _uniform(like: Tensor, generator: torch.Generator) -> Tensor:
 SUMS_TO_ZERO = 0.02
 
 
+def off_zero(values: Tensor, dim: int) -> float:
+    """How far from zero sums along a dimension are, of the absolute sums: 0 to 1."""
+    size = values.abs().sum(dtype=torch.float64)
+    return float(_wide(values).sum(dim).abs().sum(dtype=torch.float64) / size)
+
+
+def _labelled(g: Tensor, p: Tensor, sign: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Which terms' gradients are those of a label: ``w (p - e_y)`` with a weight of this sign.
+
+    Args:
+        g: the gradients ``(M, C)``.
+        p: the probabilities ``(M, C)``.
+        sign: that of the weight.
+
+    Returns:
+        Whether they are, what size the weight has, and which label, each ``(M,)``.
+    """
+    label = (sign * g).argmin(-1, keepdim=True)
+    weight = -sign * g.gather(-1, label) / (1 - p.gather(-1, label)).clamp_min(1e-12)
+    model = sign * weight * p.scatter_add(-1, label, -torch.ones_like(weight))
+    missed = (g - model).abs().sum(-1) > 0.02 * g.abs().sum(-1)
+    return ~missed, weight[:, 0], label[:, 0]
+
+
 @dataclass(frozen=True)
 class Categorical(Likelihood):
     """Classes by logits, as in ``F.cross_entropy``; all other dimensions are terms of their own.
@@ -131,46 +155,28 @@ class Categorical(Likelihood):
         parts = []
         for dim in range(1, dims):
             if output.shape[dim] > 1:
-                size = gradient.abs().sum(dtype=torch.float64)
-                off = gradient.to(_wide(gradient).dtype).sum(dim).abs().sum(dtype=torch.float64)
                 logs = _wide(output).logsumexp(dim).abs().max()
-                parts.append((float(off / size), float(logs), dim))
+                parts.append((off_zero(gradient, dim), float(logs), dim))
         # A model that returns log-probabilities leaves the softmax's gradient to be made of them.
         fits = [dim for off, logs, dim in parts if off < SUMS_TO_ZERO or logs < SUMS_TO_ZERO]
         if len(fits) > 1:
             smallest, second = sorted(parts)[:2]
             fits = [smallest[2]] if 10 * smallest[0] < second[0] else fits
-        if len(fits) == 1:
+        if len(fits) == 1 and not _normalised(output, gradient, fits[0]):
             return replace(self, dim=fits[0] - dims)
-        words = "along several dimensions" if fits else "along no dimension"
-        likely = self._looks_like_probabilities(output)
-        total = gradient.sum(dtype=torch.float64).abs() / gradient.abs().sum(dtype=torch.float64)
-        square = dims == 2 and len(output) == output.shape[1]
-        # Of rows' softmaxes and columns' together the gradient vanishes over both dimensions only.
-        compared = square and not fits and bool(total < SUMS_TO_ZERO)
+        words = "along several dimensions" if len(fits) > 1 else "along no dimension"
         raise ValueError(
             f"the gradient of the loss by the output of shape {tuple(output.shape)} sums to zero "
-            f"{words}, as a softmax's does over its classes"
             + (
-                f": the output holds probabilities; return logits, or their logarithm{likely}"
-                if likely
-                else ", only as a whole, as that of similarities does that are compared along both "
-                "dimensions (CLIP): likelihood=tekfac.Categorical(dim=-1) takes each row for the "
-                "logits of an example"
-                if compared
-                else ". If the output holds logits of classes, say along which dimension: "
-                "likelihood=tekfac.Categorical(dim=-1); of another loss, e.g. "
-                'likelihood="gaussian" for a squared error, "bernoulli" for yes or no'
+                f"along dimension {fits[0]}, but so does the output itself, as a layer norm's "
+                "does, and it is that of no label. If it holds features that the loss compares, "
+                "make the comparison in the model, or in output=; if it holds logits, say so: "
+                f"likelihood=tekfac.Categorical(dim={fits[0]})"
+                if len(fits) == 1
+                else f"{words}, as a softmax's does over its classes"
+                + _what_else(output, gradient, bool(fits))
             )
         )
-
-    @staticmethod
-    def _looks_like_probabilities(output: Tensor) -> str:
-        for dim in range(1, output.dim()):
-            total = _wide(output).sum(dim)
-            if bool((output >= 0).all()) and bool(((total - 1).abs() < 1e-2).all()):
-                return f" (they sum to 1 along dimension {dim})"
-        return ""
 
     def check(self, output: Tensor) -> None:
         self._check_floating(output, 2, "logits of shape (N, classes, ...)")
@@ -234,15 +240,11 @@ class Categorical(Likelihood):
         p = F.softmax(_wide(output), self._dim).movedim(self._dim, -1).flatten(0, -2)
         there = used.movedim(self._dim, -1).flatten()
 
-        def fits(sign: int) -> tuple[Tensor, Tensor, Tensor]:
-            label = (sign * g).argmin(-1, keepdim=True)
-            weight = -sign * g.gather(-1, label) / (1 - p.gather(-1, label)).clamp_min(1e-12)
-            model = sign * weight * p.scatter_add(-1, label, -torch.ones_like(weight))
-            missed = (g - model).abs().sum(-1) <= 0.02 * g.abs().sum(-1)
-            return missed & there, weight[:, 0], label[:, 0]
-
-        pulls, weight, label = fits(1)
-        pushes = fits(-1)[0] & ~pulls if g.shape[-1] > 2 else torch.zeros_like(pulls)
+        pulls, weight, label = _labelled(g, p, 1)
+        pulls &= there
+        pushes = torch.zeros_like(pulls)
+        if g.shape[-1] > 2:
+            pushes = _labelled(g, p, -1)[0] & there & ~pulls
         # Of softer targets some may look like one by chance.
         pushes &= ((pulls | pushes) == there).all()
         highest = weight.new_full((g.shape[-1],), -math.inf)
@@ -263,6 +265,57 @@ class Categorical(Likelihood):
 
     def _entries(self, output: Tensor) -> int:
         return output.shape[self._dim]
+
+
+def _normalised(output: Tensor, gradient: Tensor, dim: int) -> bool:
+    """Whether an output's own sums along a dimension are zero, and its gradient is of no label.
+
+    Whatever a loss makes of differences of such vectors, its gradient sums to zero there, too.
+    """
+    if off_zero(output, dim) > 64 * torch.finfo(output.dtype).eps:
+        return False
+    g = _wide(gradient).movedim(dim, -1).flatten(0, -2)
+    p = F.softmax(_wide(output), dim).movedim(dim, -1).flatten(0, -2)
+    there = (g != 0).any(-1)
+    known = _labelled(g, p, 1)[0] | _labelled(g, p, -1)[0]
+    return bool((known & there).sum() < 0.5 * there.sum())
+
+
+def _what_else(output: Tensor, gradient: Tensor, several: bool) -> str:
+    """What an output that is no softmax's may be, and what to do, as the end of a sentence."""
+    for dim in range(1, output.dim()):
+        total = _wide(output).sum(dim)
+        if bool((output >= 0).all()) and bool(((total - 1).abs() < 1e-2).all()):
+            return (
+                ": the output holds probabilities; return logits, or their logarithm "
+                f"(they sum to 1 along dimension {dim})"
+            )
+    total = gradient.sum(dtype=torch.float64).abs() / gradient.abs().sum(dtype=torch.float64)
+    if (
+        output.dim() == 2
+        and len(output) == output.shape[1]
+        and not several
+        and total < SUMS_TO_ZERO
+    ):
+        # Of rows' softmaxes and columns' together the gradient vanishes over both dimensions only.
+        return (
+            ", only as a whole, as that of similarities does that are compared along both "
+            "dimensions (CLIP): likelihood=tekfac.Categorical(dim=-1) takes each row for the "
+            "logits of an example"
+        )
+    if bool((output <= 0).all()) and bool((gradient <= 0).all()):
+        return (
+            ". Like log-probabilities of the data's own labels it is never above zero, nor is its "
+            "gradient: of these no other label can be drawn; return the logits of all classes"
+        )
+    dims = "dim=1" if output.dim() == 2 else "dim=1) for (N, classes, ...), (dim=-1"
+    return (
+        ". If the output holds logits of classes, say along which dimension: "
+        f"likelihood=tekfac.Categorical({dims})"
+        + ("" if output.dim() == 2 else " for (N, ..., classes)")
+        + '; of another loss, e.g. likelihood="gaussian" for a squared error, "bernoulli" for yes '
+        "or no"
+    )
 
 
 def is_open(likelihood: Likelihood) -> TypeGuard[Categorical]:
