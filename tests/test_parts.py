@@ -189,3 +189,70 @@ def test_a_list_of_likelihoods_is_for_what_one_call_returns() -> None:
     assert optimizer.blocks["net.b"].trace == pytest.approx(
         float(rows.square().sum() / 6), rel=1e-4
     )
+
+
+class Actor(nn.Module):
+    """A policy whose methods call its parts: two towers at once, then a head on each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.towers = Towers()
+        self.value, self.action = nn.Linear(4, 1), nn.Linear(4, 3)
+
+    def evaluate(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        one, other = self.towers(x)
+        return self.action(one.tanh()), self.value(other.tanh())
+
+
+class Towers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(5, 4), nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.left(x), self.right(x)
+
+
+def gaussian_trace(model: Actor, x: Tensor, parameters: list[Tensor]) -> float:
+    """Of a squared error's Fisher matrix with variance 1, whose mean is over examples."""
+    total = 0.0
+    for row in x:
+        value = model.evaluate(row[None])[1]
+        found = torch.autograd.grad(value.sum(), parameters)
+        total += sum(float(g.square().sum()) for g in found) / len(x)
+    return total
+
+
+def test_likelihoods_of_heads_that_are_called_one_by_one() -> None:
+    """In the order of the calls; towers, which return as many, are no outputs."""
+    torch.manual_seed(0)
+    model, x = Actor().double(), torch.randn(6, 5).double()
+    optimizer = tekfac.EKFAC(
+        model,
+        likelihood=["categorical", "gaussian"],
+        scale_every=1,
+        scale_examples=None,
+        **EXACT,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        actions, values = model.evaluate(x)
+        (F.cross_entropy(actions, torch.arange(6) % 3) + values.square().mean() / 2).backward()
+        optimizer.step()
+    found = {name: block.trace for name, block in optimizer.blocks.items()}
+    for name in ("towers.left", "action"):
+        logits = [model.evaluate(row[None])[0] for row in x]
+        truth = dense_fisher(logits, optimizer.blocks[name].layer.parameters)
+        assert found[name] == pytest.approx(float(truth.trace()), rel=1e-9), name
+    for name in ("towers.right", "value"):
+        truth = gaussian_trace(model, x, optimizer.blocks[name].layer.parameters)
+        assert found[name] == pytest.approx(truth, rel=1e-9), name
+
+
+def test_likelihoods_that_are_not_as_many_as_heads() -> None:
+    model, x = Actor(), torch.randn(6, 5)
+    optimizer = tekfac.TEKFAC(model, likelihood=["categorical", "gaussian", "gaussian"])
+    actions, values = model.evaluate(x)
+    with pytest.raises(ValueError, match=r"3 likelihoods .* returned 2 outputs .* 'action', 'val"):
+        (actions.logsumexp(1).mean() + values.square().mean()).backward()
+    del optimizer

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +27,7 @@ from tekfac.capture.graph import (
     Root,
     Use,
     go_through,
+    identity,
     measuring,
     own_pass,
     read_inputs,
@@ -52,6 +52,7 @@ class Measuring:
         assignment: which parameters belong to which layer.
         blocks: the blocks by layer name; looked at in every pass.
         fisher: how labels are averaged over; None for the empirical Fisher.
+        likelihoods: one for each output, or one for all.
         mean_over: "terms" or "examples".
         batch_dim: the dimension that counts examples; None to find out.
         chosen: whether a function of the user's finds the outputs.
@@ -65,6 +66,7 @@ class Measuring:
         assignment: Assignment,
         blocks: Mapping[str, Observer],
         fisher: Fisher | None,
+        likelihoods: Sequence[Likelihood],
         mean_over: str,
         batch_dim: int | None,
         chosen: bool,
@@ -73,6 +75,7 @@ class Measuring:
     ) -> None:
         self.owner, self.candidates = assignment.owner, assignment.candidates
         self.blocks, self.fisher, self.mean_over = blocks, fisher, mean_over
+        self.likelihoods = likelihoods
         self.called, self._lane = called, lane
         self.passes = 0
         self.reentrant = self.compiled = False
@@ -129,6 +132,8 @@ class Measuring:
         closed = not self._handles
         if closed or measuring() or number in here.done or self._is_part(here, number):
             return
+        if not here.assigned:
+            here.assign(self.likelihoods, check=self.fisher is not None)
         with whole(self._sharded_parts) as leaves:
             self._look(here, number, root, gradient, leaves)
 
@@ -191,20 +196,20 @@ class Measuring:
                 self._behind.clear()
                 self._begin(leaves)
             if len(here.outputs) > 1 or not self.called:
-                self._behind.update(map(_identity, found.nodes))
+                self._behind.update(map(identity, found.nodes))
             self._settle(found, uses)
             self._measure(here, number, Root(root, here.meshes[number]), gradient, uses)
 
     def _is_part(self, here: Pass, number: int) -> bool:
         """Whether what the backward pass has reached is no output, but what one was made of."""
         part = here.places[number][0] != ""
-        if part and self.called:
+        if (part and self.called) or number in here.inner:
             return True
         if not part and self._chosen:
             return False
         node = torch._C._current_autograd_node()
         same = self._task == torch._C._current_graph_task_id()
-        return same and _identity(node) in self._behind
+        return same and identity(node) in self._behind
 
     def _begin(self, leaves: Leaves) -> None:
         """A backward pass begins: forget what came along with gradients that are gone by now."""
@@ -355,10 +360,14 @@ class Measuring:
             words = ""
             if self.fisher is not None and is_open(given):
                 words = doubt_of(output, gradient, getattr(fitted, "dim", -1))
-            elif isinstance(fitted, Categorical) and is_no_softmax(output, gradient, fitted.dim):
+            elif (
+                isinstance(fitted, Categorical)
+                and (dim := fitted.dim) is not None
+                and is_no_softmax(output, gradient, dim)
+            ):
                 warnings.warn(
                     f"the gradient of the loss by the output of shape {tuple(output.shape)} does "
-                    f"not even nearly sum to zero along dimension {fitted.dim}, as a "
+                    f"not even nearly sum to zero along dimension {dim}, as a "
                     "softmax's does: it holds no logits of classes there, and the curvature is not "
                     "that of this loss. Return logits (log-probabilities of the data's labels "
                     "alone are none), or give another likelihood, or output=",
@@ -423,9 +432,3 @@ class Measuring:
             device = sample.gradients[0].device.type
             with torch.no_grad(), torch.autocast(device, enabled=False):
                 self.blocks[name].observe(sample)
-
-
-def _identity(node: Any) -> int:
-    """What tells a node from others without keeping it, and with it the graph, alive."""
-    number: int = node._sequence_nr()
-    return number

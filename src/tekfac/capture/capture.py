@@ -93,9 +93,18 @@ class Capture(Measuring):
     ) -> None:
         chosen = outputs is not find_outputs
         super().__init__(
-            model, assignment, blocks, fisher, mean_over, batch_dim, chosen, called, lane or Ranks()
+            model,
+            assignment,
+            blocks,
+            fisher,
+            likelihoods,
+            mean_over,
+            batch_dim,
+            chosen,
+            called,
+            lane or Ranks(),
         )
-        self.likelihoods, self.outputs = likelihoods, outputs
+        self.outputs = outputs
         self.parallel = self.uneven = False
         self.problem: ValueError | None = None
         self.missed = self._late = False
@@ -272,14 +281,19 @@ class Capture(Measuring):
                 self._await(here, number, made_at(fed.edge))
             return
         found = self.outputs(result)
-        if len(self.likelihoods) not in (1, len(found)):
+        if name and len(self.likelihoods) > 1:
+            # Which is whose can only be said when it is known what goes into other parts.
+            here.assigned = False
+            likelihoods = [self.likelihoods[0]] * len(found)
+        elif len(self.likelihoods) not in (1, len(found)):
             raise ValueError(
                 f"{len(self.likelihoods)} likelihoods were given, but the model has {len(found)} "
                 "outputs: give one for each, or output= to pick the right tensors"
             )
+        else:
+            likelihoods = list(self.likelihoods)
+            likelihoods *= len(found) if len(likelihoods) == 1 else 1
         returned = tensors_of(result)
-        likelihoods = list(self.likelihoods)
-        likelihoods *= len(found) if len(likelihoods) == 1 else 1
         if not here.outputs:
             self._made.clear()
         for output, likelihood in zip(found, likelihoods, strict=True):
@@ -289,7 +303,7 @@ class Capture(Measuring):
             parts = behind(output, returned)
             if is_open(likelihood) and output.dim() == 2 and _is_other(output, parts):
                 likelihood = replace(likelihood, dim=1)
-            if is_open(likelihood) and not _alike(output, parts):
+            if here.assigned and is_open(likelihood) and not _alike(output, parts):
                 # Which dimension holds the classes is judged by the loss, which is not made of what
                 # output= made: by the tensors, then, that this was made of.
                 for each in parts:
@@ -297,6 +311,8 @@ class Capture(Measuring):
             else:
                 self._made[len(here.outputs)] = output
                 self._wait(here, name, output, likelihood, parts)
+        if not here.assigned:
+            here.took(found)
 
     def _wait(
         self,
@@ -307,7 +323,7 @@ class Capture(Measuring):
         made_of: Sequence[Tensor] = (),
     ) -> None:
         """Wait for the backward pass to reach an output, or one of what it was made of."""
-        if self.fisher is not None or not output.dim():
+        if here.assigned and (self.fisher is not None or not output.dim()):
             likelihood.check(output)
         # What the user changes in place later is not what the labels are drawn from.
         values = output.detach().clone() if output.requires_grad else output.detach()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -445,18 +445,33 @@ def behind(output: Tensor, tensors: Collection[Tensor]) -> list[Tensor]:
     for tensor in tensors:
         edge = get_gradient_edge(tensor)
         places[edge.node, edge.output_nr] = tensor
-    found: dict[int, Tensor] = {}
     start = get_gradient_edge(output)
+    reached = nearest([(start.node, start.output_nr)], places.__contains__)
+    found = {id(places[edge]): places[edge] for edge in reached}
+    return list(found.values())
+
+
+def nearest(
+    edges: Iterable[tuple[Node | None, int]], known: Callable[[tuple[Node, int]], bool]
+) -> list[tuple[Node, int]]:
+    """The known places that are reached from some in the graph, with nothing known between."""
+    found: list[tuple[Node, int]] = []
     seen: set[tuple[Node, int]] = set()
-    open_edges = [(start.node, start.output_nr)]
+    open_edges = [(node, number) for node, number in edges if node is not None]
     while open_edges:
         edge_of = open_edges.pop()
-        if edge_of in places:
-            found[id(places[edge_of])] = places[edge_of]
+        if known(edge_of):
+            found.append(edge_of)
         elif edge_of not in seen:
             seen.add(edge_of)
             open_edges += [(n, i) for n, i in edge_of[0].next_functions if n is not None]
-    return list(found.values())
+    return found
+
+
+def identity(node: Any) -> int:
+    """What tells a node from others without keeping it, and with it the graph, alive."""
+    number: int = node._sequence_nr()
+    return number
 
 
 def source_of(output: Tensor) -> GradientEdge:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -12,8 +13,10 @@ from torch.autograd.graph import GradientEdge
 from torch.nn.utils.parametrize import ParametrizationList
 
 from tekfac.capture.delivery import Delivery, Expected
+from tekfac.capture.graph import identity, nearest, source_of
 from tekfac.capture.likelihoods import Likelihood
 from tekfac.capture.observer import Observer
+from tekfac.checks import first_few
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -32,6 +35,9 @@ class Pass:
         done: which of them a backward pass has reached.
         given: layers that have had a sample of this pass.
         terms: of the first output that was reached, 0-dimensional.
+        assigned: whether `likelihoods` is what is meant. Of parts that are called one by one it is
+            not, as long as it is not known which of them return what the loss is made of.
+        inner: then, outputs that others are made of, or that have no gradient.
     """
 
     places: list[tuple[str, int]] = field(default_factory=list)
@@ -41,6 +47,53 @@ class Pass:
     done: set[int] = field(default_factory=set)
     given: set[str] = field(default_factory=set)
     terms: Tensor | None = None
+    assigned: bool = True
+    inner: set[int] = field(default_factory=set)
+    _made_at: dict[tuple[int, int], int] = field(default_factory=dict)
+
+    def took(self, outputs: Sequence[Tensor]) -> None:
+        """Note which outputs the last ones, already in the lists, are made of.
+
+        By what tells their nodes from others: to hold these would keep the graph alive.
+        """
+        edges: dict[int, GradientEdge] = {}
+        for number, output in enumerate(outputs, len(self.outputs) - len(outputs)):
+            if not output.requires_grad:
+                self.inner.add(number)
+                continue
+            edges[number] = edge = source_of(output)
+            place = identity(edge.node), edge.output_nr
+            if place in self._made_at:  # passed on as it was
+                self.inner.add(self._made_at[place])
+            self._made_at[place] = number
+        for edge in edges.values():
+            made_of = nearest(
+                edge.node.next_functions, lambda e: (identity(e[0]), e[1]) in self._made_at
+            )
+            self.inner |= {self._made_at[identity(node), number] for node, number in made_of}
+
+    def assign(self, likelihoods: Sequence[Likelihood], check: bool) -> None:
+        """Give the outputs that no other is made of their likelihoods, in the order of the calls.
+
+        Raises:
+            ValueError: if there are not as many of these, or one can't be of its likelihood.
+        """
+        self.assigned = True
+        last = [n for n in range(len(self.outputs)) if n not in self.inner]
+        of_each = Counter(self.places[number][0] for number in last)
+        given = list(likelihoods)
+        if len(last) != len(given) and {*of_each.values()} == {len(given)}:
+            given *= len(of_each)  # as many for each part
+        if len(last) != len(given):
+            raise ValueError(
+                f"{len(given)} likelihoods were given, but the parts of the model that were called "
+                f"returned {len(last)} outputs that no other part took: of "
+                f"{first_few([*map(repr, of_each)])}; give one for each, in the order of the calls"
+            )
+        for number, likelihood in zip(last, given, strict=True):
+            self.likelihoods[number] = likelihood
+            if check:
+                likelihood.check(self.outputs[number])
 
 
 class Listener(Protocol):
