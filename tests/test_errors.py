@@ -49,7 +49,8 @@ def make(method: str, *args: Any, **options: Any) -> tekfac.NaturalGradient:
 def test_parameters_instead_of_a_model(method: str, given: Callable[[], Any], kind: str) -> None:
     message = (
         rf"^{method} needs the model itself, not its parameters, to see what its layers see: "
-        rf"{method}\(model, lr=\.\.\.\); got {kind}$"
+        rf"{method}\(model, lr=\.\.\.\); got {kind} \(to a framework that makes optimizers from a class, "
+        r"give one that is made\)$"
     )
     with pytest.raises(TypeError, match=message):
         make(method, given(), lr=1e-3)
@@ -430,6 +431,25 @@ NO_STATISTICS = (
     r"\(Sequential\.__call__, the module given to {}\) or modules in it, and backward\(\) of a "
     r"loss that is made of what they return$"
 )
+
+
+def test_a_loss_of_another_tensor_than_output_gives() -> None:
+    """As CLIP's loss is of the one of two transposed matrices of similarities."""
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(2, 3)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            similar = self.layer(x)
+            return {"rows": similar, "columns": similar.T.contiguous()}
+
+    both = Both()
+    optimizer = make("TEKFAC", both, output=lambda result: result["columns"])
+    F.cross_entropy(both(torch.randn(3, 2))["rows"], torch.arange(3)).backward()
+    with pytest.raises(RuntimeError, match=r"they return, and of the tensor that output= gives$"):
+        optimizer.step()
 
 
 def test_step_without_a_forward_through_the_model() -> None:

@@ -292,3 +292,34 @@ def test_micro_batches_and_evaluations_between() -> None:
         optimizer.step()
         found.append({name: block.trace for name, block in optimizer.blocks.items()})
     assert found[0] == pytest.approx(found[1], rel=1e-9)
+
+
+class Beside(Own):
+    """Returns features and loss, and none of the logits between them."""
+
+    def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        features = self.body(x).tanh()
+        return {"loss": self.loss(self.head(features), y), "features": features}
+
+
+def test_output_may_point_to_the_loss() -> None:
+    model, x, y = Beside(F.cross_entropy), seeded(6, 4), labels(6)
+    optimizer = tekfac.EKFAC(
+        copy.deepcopy(model),
+        output=lambda result: result["loss"],
+        scale_every=1,
+        scale_examples=None,
+        **EXACT,
+    )
+    optimizer.model(x, y)["loss"].backward()
+    optimizer.step()
+    for name, module in (("body", model.body), ("head", model.head)):
+        truth = dense_fisher([model.outputs(row[None]) for row in x], list(module.parameters()))
+        assert optimizer.blocks[name].trace == pytest.approx(float(truth.trace()), rel=1e-9)
+
+
+def test_a_loss_that_output_points_to_and_that_shows_nothing() -> None:
+    model = Beside(lambda logits, y: (logits.logsumexp(1) - logits[:, 0]).mean())
+    optimizer = tekfac.EKFAC(model, output=lambda result: result["loss"])
+    with pytest.raises(ValueError, match="the model returned its loss alone, which is made by no"):
+        optimizer.model(seeded(6, 4), labels(6))

@@ -85,7 +85,7 @@ class Measuring:
         self.uncounted: set[int] = set()
         self._made_weights = dict.fromkeys(assignment.made)
         self._sharded_parts = sharded_parts(model)
-        self._chosen = chosen
+        self.chosen = chosen
         self._examples = Examples(batch_dim)
         self._fitted: dict[tuple[tuple[str, int], int], Likelihood | None] = {}
         self._settled: set[str] = set()
@@ -205,7 +205,7 @@ class Measuring:
         part = here.places[number][0] != ""
         if (part and self.called) or number in here.inner:
             return True
-        if not part and self._chosen:
+        if not part and self.chosen:
             return False
         node = torch._C._current_autograd_node()
         same = self._task == torch._C._current_graph_task_id()

@@ -71,6 +71,7 @@ class Capture(Measuring):
         orders: for a layer, how its rows were found to belong to examples.
         problem: what was wrong with what the model returned in evaluation mode.
         uncounted: outputs of which it is not known how many terms they have.
+        chosen: whether a function of the user's finds the outputs.
         called: whether the model itself was called, so that calls of its parts say nothing.
         missed: whether compilers stopped standing aside, for an evaluation, and no pass that a step
             could have been measured by was seen since.
@@ -271,7 +272,8 @@ class Capture(Measuring):
 
     def _note(self, here: Pass, name: str, result: Any) -> None:
         """Wait for a backward pass from what the model, or a part of it, returned."""
-        losses = [] if self._chosen else losses_in(result)
+        found = self.outputs(result) if self.chosen else []
+        losses = losses_in(found or result)
         # A number that is made of no output known here may be one itself.
         if losses and (not isinstance(result, Tensor) or is_compared(losses)):
             for fed in fed_into(losses, self.likelihoods):
@@ -280,7 +282,7 @@ class Capture(Measuring):
                 number = self._add(here, name, fed.values, fed.likelihood)
                 self._await(here, number, made_at(fed.edge))
             return
-        found = self.outputs(result)
+        found = found or self.outputs(result)
         if name and len(self.likelihoods) > 1:
             # Which is whose can only be said when it is known what goes into other parts.
             here.assigned = False

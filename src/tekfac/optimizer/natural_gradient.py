@@ -218,7 +218,8 @@ class NaturalGradient(ModelOptimizer):
         if not isinstance(model, nn.Module):
             raise TypeError(
                 f"{self._method} needs the model itself, not its parameters, to see what its "
-                f"layers see: {self._method}(model, lr=...); got {type(model).__name__}"
+                f"layers see: {self._method}(model, lr=...); got {type(model).__name__} (to a "
+                "framework that makes optimizers from a class, give one that is made)"
             )
         if isinstance(model, torch.jit.ScriptModule):
             raise TypeError(

@@ -69,6 +69,7 @@ def check_measured(
             "step() found gradients, but no statistics could be taken: call the model itself "
             f"({type(model).__name__}.__call__, the module given to {method}) "
             "or modules in it, and backward() of a loss that is made of what they return"
+            + (", and of the tensor that output= gives" if capture.chosen else "")
         )
     kinds = {capture.strange[name] for name in missing if name in capture.strange}
     events.warn(
