@@ -49,8 +49,8 @@ def make(method: str, *args: Any, **options: Any) -> tekfac.NaturalGradient:
 def test_parameters_instead_of_a_model(method: str, given: Callable[[], Any], kind: str) -> None:
     message = (
         rf"^{method} needs the model itself, not its parameters, to see what its layers see: "
-        rf"{method}\(model, lr=\.\.\.\); got {kind} \(to a framework that makes optimizers from a class, "
-        r"give one that is made\)$"
+        rf"{method}\(model, lr=\.\.\.\); got {kind} \(to a framework that makes optimizers from a "
+        r"class, give one that is made\)$"
     )
     with pytest.raises(TypeError, match=message):
         make(method, given(), lr=1e-3)
