@@ -388,3 +388,37 @@ def test_transposed_convolutions(up: nn.Module, shape: tuple[int, ...]) -> None:
         lambda m: [m(row[None]) for row in x],
         {"up", "head"},
     )
+
+
+class FusedHead(torch.autograd.Function):
+    """Log-probabilities of labels by a head's weight, without ever holding the logits."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, y: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, y)
+        return (x @ weight.T).log_softmax(-1).gather(1, y[:, None])[:, 0]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, y = ctx.saved_tensors
+        g = F.one_hot(y, len(weight)) - (x @ weight.T).softmax(-1)
+        g = gradient[:, None] * g
+        return g @ weight, g.T @ x, None
+
+
+class WithFusedHead(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 5), nn.Linear(5, 3, bias=False)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return FusedHead.apply(self.body(x).tanh(), self.head.weight, y)
+
+
+def test_a_weight_in_somebody_s_autograd_function_is_told() -> None:
+    model, x, y = WithFusedHead(), torch.randn(6, 4), torch.arange(6) % 3
+    optimizer = tekfac.TEKFAC(model, fisher="empirical")
+    with pytest.warns(RuntimeWarning, match="'head'.* FusedHeadBackward .a custom autograd funct"):
+        (-model(x, y).mean()).backward()
+        optimizer.step()
+    assert not optimizer.blocks["body"].empty

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
@@ -23,8 +24,8 @@ from tekfac.ranks.layout import on_mesh
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-# Backward passes of our own, now running in this process: hooks that they reach, of any optimizer,
-# are not to take them for the user's. Not thread-local: autograd runs hooks in its own threads.
+# Our own backward passes, now running in this process: hooks that they reach, of any optimizer, are
+# not to take them for the user's. Not thread-local: autograd runs hooks in its own threads.
 _own_passes = 0
 
 # What stands between a product and the shape in which its result is used.
@@ -33,6 +34,9 @@ VIEWS = {"ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0"}
 FORMS = RESHAPES.keys() | SPLITS.keys() | {"SelectBackward0"}
 
 PARALLEL_SINK = "_DDPSinkBackward"
+
+# What is said of an autograd function that somebody wrote: it may be a product or not.
+CUSTOM = " (a custom autograd function)"
 
 REENTRANT = (
     "curvature can't be measured through reentrant activation checkpointing: call "
@@ -242,6 +246,8 @@ def _lead(node: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
 def _named(node: Any) -> str:
     """A kind of node in words."""
     name: str = node.name()
+    if isinstance(node, BackwardCFunction):
+        name += CUSTOM
     return f"{name} of a nested tensor" if nested(node) else name
 
 

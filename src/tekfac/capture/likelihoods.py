@@ -303,10 +303,10 @@ def _what_else(output: Tensor, gradient: Tensor, several: bool) -> str:
             "dimensions (CLIP): likelihood=tekfac.Categorical(dim=-1) takes each row for the "
             "logits of an example"
         )
-    if bool((output <= 0).all()) and bool((gradient <= 0).all()):
+    if bool((output <= 0).all()) and off_zero(gradient, -1) > 0.99:
         return (
-            ". Like log-probabilities of the data's own labels it is never above zero, nor is its "
-            "gradient: of these no other label can be drawn; return the logits of all classes"
+            ". It looks like log-probabilities of the data's own labels, never above zero and "
+            "pulled one way: of these no other label can be drawn; return the logits of all classes"
         )
     dims = "dim=1" if output.dim() == 2 else "dim=1) for (N, classes, ...), (dim=-1"
     return (

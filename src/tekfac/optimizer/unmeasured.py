@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from tekfac.capture.capture import Capture
-from tekfac.capture.graph import REENTRANT
+from tekfac.capture.graph import CUSTOM, REENTRANT
 from tekfac.checks import first_few
 from tekfac.curvature.blocks import Block
 from tekfac.layers.uses import multiplies
@@ -55,7 +55,7 @@ def check_measured(
         and block.name not in troubled
         and block.name not in capture.reached_layers
         # A matrix that nobody multiplies (a table, positions) is no layer.
-        and multiplies(capture.strange.get(block.name, "mm"))
+        and _may_multiply(capture.strange.get(block.name, "mm"))
         and any(p.grad is not None for p in block.layer.parameters)
     ]
     if not missing:
@@ -84,6 +84,10 @@ def check_measured(
         )
         + "; the first-order rule trains them",
     )
+
+
+def _may_multiply(kind: str) -> bool:
+    return multiplies(kind) or CUSTOM in kind
 
 
 def check_grouped(
