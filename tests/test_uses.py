@@ -422,3 +422,68 @@ def test_a_weight_in_somebody_s_autograd_function_is_told() -> None:
     with pytest.warns(RuntimeWarning, match="'head'.* FusedHeadBackward .a custom autograd funct"):
         optimizer.step()
     assert not optimizer.blocks["body"].empty
+
+
+class OnceBiased(nn.Module):
+    """A layer whose weight is multiplied twice, and whose bias is added to one of the results."""
+
+    def __init__(self, layer: nn.Module, second: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.second, self.head = layer, second, nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.second(self.layer, self.layer(x).tanh())
+        return self.head(h.tanh().flatten(1))
+
+
+@pytest.mark.parametrize(
+    ("layer", "second"),
+    [
+        (lambda: nn.Linear(4, 4), lambda layer, h: F.linear(h, layer.weight)),
+        (lambda: nn.Linear(4, 4), lambda layer, h: h @ layer.weight),
+        (
+            lambda: nn.Conv2d(1, 1, 3, padding=1),
+            lambda layer, h: F.conv2d(h, layer.weight, padding=1),
+        ),
+    ],
+    ids=["linear", "from the other side", "convolution"],
+)
+def test_a_bias_that_only_one_use_adds(layer: Any, second: Callable[[Any, Tensor], Tensor]) -> None:
+    model = OnceBiased(layer(), second)
+    shape = (1, 4, 4) if isinstance(model.layer, nn.Conv2d) else (4, 4)
+    x, y = torch.randn(5, *shape).double(), torch.arange(5) % 3
+    check(
+        model,
+        lambda m: F.cross_entropy(m(x), y),
+        lambda m: [m(row[None]) for row in x],
+        {"layer", "head"},
+    )
+
+
+class Residual(nn.Module):
+    """As of a differential equation: what is fitted is made of derivatives of a network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(
+            nn.Linear(2, 5), nn.Tanh(), nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        u = self.net(x)
+        (first,) = torch.autograd.grad(u.sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(first[:, 0].sum(), x, create_graph=True)
+        return u * (first[:, :1] + 5 * second[:, 1:])
+
+
+def test_derivatives_in_the_model() -> None:
+    x, y = torch.randn(5, 2).double(), torch.arange(5) % 3
+    check(
+        Residual(),
+        lambda m: F.cross_entropy(m(x), y),
+        lambda m: [m(row[None]) for row in x],
+        {"net.0", "net.2", "net.4"},
+    )

@@ -116,7 +116,7 @@ class Delivery:
         if members is not None:
             members = order.arrange(members.to(g.device), n)
         reading = product.reading
-        return _Part(x, g, live, reading.swapped, members, reading.geometry)
+        return _Part(x, g, live, reading.swapped, reading.biased, members, reading.geometry)
 
     def _terms(self, units: int) -> Tensor:
         if units == self.examples:
@@ -130,6 +130,7 @@ class _Part:
     g: Tensor
     live: Tensor | None
     swapped: bool
+    biased: bool
     members: Tensor | None
     geometry: Geometry | None = None
 
@@ -145,6 +146,7 @@ class _Part:
             some(self.g),
             None if self.live is None else some(self.live),
             self.swapped,
+            self.biased,
             None if self.members is None else some(self.members),
             self.geometry,
         )
@@ -191,7 +193,7 @@ def _stacked(parts: list[_Part], units: int, matrices: int) -> _Part:
     x = [part.x for part in parts if part.x is not None]
     g = spread(joined([part.g for part in parts]))
     inputs = spread(joined(x)) if x else None
-    return _Part(inputs, g, spread(live), parts[0].swapped, None)
+    return _Part(inputs, g, spread(live), parts[0].swapped, False, None)
 
 
 def _sample(parts: list[_Part], units: int, terms: Tensor, first: bool) -> Sample | None:
@@ -219,4 +221,5 @@ def _sample(parts: list[_Part], units: int, terms: Tensor, first: bool) -> Sampl
         live,
         [part.swapped for part in parts],
         [part.geometry for part in parts],
+        [part.biased for part in parts],
     )

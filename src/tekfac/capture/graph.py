@@ -151,7 +151,7 @@ def search(
     found = Found(seen)
     open_nodes = [root]
     leads: dict[Node, tuple[int, ...]] = {}
-    products: dict[Node, str] = {}
+    products: dict[Node, Use] = {}
     added: list[tuple[Node, View, Node]] = []
     # What takes a node's result, past nodes that only show it in another form.
     consumers: dict[Node, str] = {}
@@ -177,7 +177,7 @@ def search(
             if not use.reading.each:
                 use.lead = leads.get(node, use.lead)
             found.uses.append(use)
-            products[node] = use.name
+            products[node] = use
             if use.reading.view is not None:
                 explain(use.reading.view, node)
                 inner |= use.reading.view.inner
@@ -185,7 +185,7 @@ def search(
                 consumer = ""
             if bias is not None:
                 explain(bias, node)
-                found.biases.add(use.name)
+                use.reading.biased = True
         if kind == "AddBackward0":
             for edge, (other, _) in (edges, edges[::-1]):
                 view = View.of(edge)
@@ -210,10 +210,11 @@ def search(
                 leads.setdefault(child, _lead(child, shape))
     found.uses = [use for use in found.uses if use.node not in inner]
     for node, view, product in added:
-        name = owner.get(view.parameter)
-        if name is not None and products.get(product) == name:
+        biased = products.get(product)
+        if biased is not None and biased.name == owner.get(view.parameter):
             explain(view, node)
-            found.biases.add(name)
+            biased.reading.biased = True
+    found.biases = {use.name for use in found.uses if use.reading.biased}
     for parameter, nodes in takers.items():
         name = owner.get(parameter)
         others = nodes - explained.get(parameter, set())

@@ -29,6 +29,7 @@ class Reading:
             ``(R, L)``, once `read_inputs` has been there.
         members: of which matrix of a stack each row is a factor, ``(R,)``, once `read_inputs` has
             been there; None where each of them has rows of its own, or the weight is no stack.
+        biased: whether the layer's bias was added to it.
         scale: where a function of the weight was multiplied, what a row of the weight's gradient is
             longer by, ``(d_out,)``, once `read_scales` has been there.
     """
@@ -42,6 +43,7 @@ class Reading:
     input: Tensor | None = None
     weights: Tensor | None = None
     members: Tensor | None = None
+    biased: bool = False
     scale: Tensor | None = None
 
     @property

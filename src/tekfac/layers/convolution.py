@@ -106,7 +106,8 @@ class ConvLayer(Layer):
         )
         parts = [self._columns(found).flatten(1)]
         if self.bias is not None:
-            parts.append(g.flatten(2).sum(dim=2).view(-1, 1))
+            sums = g.flatten(2).sum(dim=2).view(-1, 1)
+            parts.append(sums if call.biased else torch.zeros_like(sums))
         gradients = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
         return gradients.view(-1, per, self.groups, self.d_out, self.d_in).sum(dim=1).movedim(0, 2)
 

@@ -32,7 +32,7 @@ class EmbeddingLayer(LinearLayer):
         like: Tensor,
         seen: Tensor | None,
         live: Tensor | None,
-        swapped: bool,
+        biased: bool,
     ) -> Tensor:
         assert x is not None
         entries = (x if seen is None else x[seen]).view(like.shape[:3])

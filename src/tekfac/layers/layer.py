@@ -287,7 +287,7 @@ class Layer(ABC):
             seen = (within + positions * (start - first)).flatten()
             shown = None if live is None else live.gather(2, within.expand(len(live), -1, -1))
         rows = rows.to(self._read_as(x, g) if dtype is None else dtype)
-        a = self._inputs(None if x is None else x[span], rows, seen, shown, call.swapped)
+        a = self._inputs(None if x is None else x[span], rows, seen, shown, call.biased)
         counted = None if live is None else live.sum(dim=2).to(self.dtype)
 
         def norms() -> tuple[Tensor, Tensor]:
@@ -298,7 +298,7 @@ class Layer(ABC):
                 if counts is not None:
                     each = each * counts
                 a_norms += each.sum(dim=2)
-            if self.bias is not None and not call.swapped:
+            if self.bias is not None and call.biased:
                 a_norms += positions if counted is None else counted
             return a_norms, g_norms
 
@@ -311,7 +311,7 @@ class Layer(ABC):
         like: Tensor,
         seen: Tensor | None,
         live: Tensor | None,
-        swapped: bool,
+        biased: bool,
     ) -> Tensor:
         """Inputs as rows ``(G, n, T', d_in)``.
 
@@ -320,15 +320,14 @@ class Layer(ABC):
             like: the other side's rows.
             seen: as of `_fill`.
             live: which of the rows count, ``(1 or G, n, T')``; None for all.
-            swapped: whether the weight was multiplied from the other side.
+            biased: whether the bias was added to what the weight made of them.
         """
         a = like.new_empty(*like.shape[:3], self.d_in)
         if x is not None:
             columns = self.d_in - (self.bias is not None)
             self._fill(a[..., :columns], x, seen)
         if self.bias is not None:
-            # From the other side of the weight, no bias was added.
-            a[..., -1] = 0 if swapped else 1
+            a[..., -1] = 1 if biased else 0
         if live is not None:
             a *= live[..., None]
         return a

@@ -31,6 +31,8 @@ class Sample:
             matrix's columns see the gradient and its rows the input. Empty for none.
         geometry: for each call of a convolution, how it reads its input. Empty for as its layer
             has it.
+        biased: for each call, whether the layer's bias was added to what the weight made. Empty for
+            all that are not swapped.
 
     Attributes:
         rows: as which it was read last, by how, if that was in one piece: who reads it the same way
@@ -45,6 +47,7 @@ class Sample:
     live: list[Tensor | None] = field(default_factory=list)
     swapped: list[bool] = field(default_factory=list)
     geometry: list[Geometry | None] = field(default_factory=list)
+    biased: list[bool] = field(default_factory=list)
     rows: tuple[object, Rows] | None = field(default=None, init=False, repr=False)
 
     @property
@@ -53,15 +56,16 @@ class Sample:
         live = self.live or [None] * len(self.gradients)
         swapped = self.swapped or [False] * len(self.gradients)
         geometry = self.geometry or [None] * len(self.gradients)
+        biased = self.biased or [not swap for swap in swapped]
         result = []
-        for x, g, rows, swap, form in zip(
-            self.inputs, self.gradients, live, swapped, geometry, strict=True
+        for x, g, rows, swap, form, bias in zip(
+            self.inputs, self.gradients, live, swapped, geometry, biased, strict=True
         ):
             if swap:
                 assert x is not None
-                result.append(Call(g, x, rows, True, form))
+                result.append(Call(g, x, rows, True, form, bias))
             else:
-                result.append(Call(x, g, rows, False, form))
+                result.append(Call(x, g, rows, False, form, bias))
         return result
 
     @property
@@ -97,6 +101,7 @@ class Sample:
             [None if live is None else rows(live) for live in self.live],
             self.swapped,
             self.geometry,
+            self.biased,
         )
 
 
@@ -115,6 +120,7 @@ class Call:
         live: which leading rows count; None for all.
         swapped: whether ``a`` is an output gradient, and ``g`` an input.
         geometry: how a convolution reads its input; None for as its layer has it.
+        biased: whether the layer's bias was added.
     """
 
     a: Tensor | None
@@ -122,6 +128,7 @@ class Call:
     live: Tensor | None
     swapped: bool
     geometry: Geometry | None = None
+    biased: bool = True
 
 
 @dataclass
