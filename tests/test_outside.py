@@ -227,3 +227,54 @@ def test_log_probabilities_of_labels_are_no_logits() -> None:
         warned_of(LabelsAlone(), run)
     (words,) = warned_of(LabelsAlone(), run, likelihood=tekfac.Categorical(dim=-1))
     assert "not even nearly sum to zero along dimension -1" in words
+
+
+# -- derivatives of an output ----------------------------------------------------------------------
+
+
+def derivative(m: nn.Module, x: Tensor, graph: bool = True) -> tuple[Tensor, Tensor]:
+    """A field and its derivative."""
+    x = x.detach().requires_grad_()
+    u = m(x)
+    return u, torch.autograd.grad(u.sum(), x, create_graph=graph)[0]
+
+
+def equation(m: nn.Module) -> Tensor:
+    u, du = derivative(m, seeded(8, 4))
+    return (du.sum(1, keepdim=True) + u).square().mean()
+
+
+def equation_and_boundary(m: nn.Module) -> Tensor:
+    return derivative(m, seeded(8, 4))[1].square().mean() + m(seeded(3, 4)).square().mean()
+
+
+@pytest.mark.parametrize("loss", [equation, equation_and_boundary])
+def test_a_loss_of_derivatives_is_told(loss: Callable[[nn.Module], Tensor]) -> None:
+    (words,) = warned_of(clear(1), loss, likelihood="gaussian")
+    assert "belongs into what the model returns" in words
+
+
+def test_a_loss_of_derivatives_alone_is_refused() -> None:
+    optimizer = tekfac.TEKFAC(clear(1), likelihood="gaussian")
+    derivative(optimizer.model, seeded(8, 4))[1].square().mean().backward()
+    with pytest.raises(RuntimeError, match=r"derivatives of that, .* made in the model, and retur"):
+        optimizer.step()
+
+
+def test_an_attack_on_the_input_is_no_loss_of_derivatives() -> None:
+    y = labels(8, classes=4)
+
+    def run(m: nn.Module) -> Tensor:
+        x = seeded(8, 4).requires_grad_()
+        (slope,) = torch.autograd.grad(F.cross_entropy(m(x), y), x)
+        return F.cross_entropy(m((x + 0.1 * slope.sign()).detach()), y)
+
+    assert not warned_of(clear(), run)
+
+
+def test_a_penalty_on_gradients_is_none() -> None:
+    def run(m: nn.Module) -> Tensor:
+        slopes = derivative(m, seeded(4, 4))[1].norm(dim=1)
+        return m(seeded(8, 4)).square().mean() + (slopes - 1).square().mean()
+
+    assert not warned_of(clear(1), run, likelihood="gaussian")

@@ -79,6 +79,7 @@ class Measuring:
         self.called, self._lane = called, lane
         self.passes = 0
         self.reentrant = self.compiled = False
+        self.derived = self.plain = 0
         self.reached_layers: set[str] = set()
         self.strange: dict[str, str] = {}
         self.orders: dict[str, Order] = {}
@@ -174,9 +175,14 @@ class Measuring:
             self.strange.setdefault(name, kind)
         uses = found.counted()
         if not uses:
+            # Nothing comes into `.grad`: it is a derivative, that something is to be made of.
+            if torch.is_grad_enabled() and number not in here.derived:
+                here.derived.add(number)
+                self.derived += len(here.outputs[number])
             return
         here.done.add(number)
         self.passes += 1
+        self.plain += 0 if number in here.derived else len(here.outputs[number])
         self.reached_layers.update(use.name for use in uses)
         # Of a batch that is empty or not finite there is nothing to be learnt.
         output = here.outputs[number]

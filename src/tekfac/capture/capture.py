@@ -66,6 +66,9 @@ class Capture(Measuring):
         passes: backward passes measured so far.
         reentrant: whether a part of the model was seen that only runs in the backward pass.
         compiled: whether the graph was seen to be a compiler's, which shows no products.
+        derived: examples of outputs of which derivatives were taken since the last step, that can
+            be differentiated in turn.
+        plain: examples of other outputs that a loss was made of.
         reached_layers: those that a backward pass has reached since the last step.
         strange: for a layer, what was seen to use its weight in a way that is not known.
         orders: for a layer, how its rows were found to belong to examples.
@@ -145,6 +148,7 @@ class Capture(Measuring):
         # An evaluation has made the last step miss what it was to measure: not this one, too.
         self._late, self.missed = self.missed, False
         self._parts = self._outermost = None
+        self.derived = self.plain = 0
         self.resume()
 
     def resume(self) -> None:

@@ -33,6 +33,7 @@ class Pass:
         meshes: those that they are divided among, None of whole ones.
         likelihoods: theirs.
         done: which of them a backward pass has reached.
+        derived: of which of them derivatives were taken, to make something of.
         given: layers that have had a sample of this pass.
         terms: of the first output that was reached, 0-dimensional.
         assigned: whether `likelihoods` is what is meant. Of parts that are called one by one it is
@@ -45,6 +46,7 @@ class Pass:
     meshes: list[DeviceMesh | None] = field(default_factory=list)
     likelihoods: list[Likelihood] = field(default_factory=list)
     done: set[int] = field(default_factory=set)
+    derived: set[int] = field(default_factory=set)
     given: set[str] = field(default_factory=set)
     terms: Tensor | None = None
     assigned: bool = True

@@ -47,6 +47,15 @@ def check_measured(
             "but the last steps that were to measure it have not seen them behind the model's "
             "output (is the model itself called, and its gradient not put there by hand?)",
         )
+    # A penalty on gradients has no more examples than what it is added to.
+    if capture.derived > capture.plain and capture.passes:
+        events.warn(
+            "derived",
+            "derivatives of what the model returned were taken (torch.autograd.grad with "
+            "create_graph=True), and a loss of these is not measured: the curvature is that of the "
+            "outputs themselves. What is fitted (a differential equation, forces, a score) belongs into "
+            "what the model returns; of a penalty on gradients nothing need be measured",
+        )
     missing = [
         block.name
         for block in blocks.values()
@@ -70,6 +79,12 @@ def check_measured(
             f"({type(model).__name__}.__call__, the module given to {method}) "
             "or modules in it, and backward() of a loss that is made of what they return"
             + (", and of the tensor that output= gives" if capture.chosen else "")
+            + (
+                ": the derivatives of that, which were taken by torch.autograd.grad, have to be "
+                "made in the model, and returned"
+                if capture.derived
+                else ""
+            )
         )
     kinds = {capture.strange[name] for name in missing if name in capture.strange}
     events.warn(
