@@ -53,8 +53,8 @@ def check_measured(
             "derived",
             "derivatives of what the model returned were taken (torch.autograd.grad with "
             "create_graph=True), and a loss of these is not measured: the curvature is that of the "
-            "outputs themselves. What is fitted (a differential equation, forces, a score) belongs into "
-            "what the model returns; of a penalty on gradients nothing need be measured",
+            "outputs themselves. What is fitted (a differential equation, forces, a score) belongs "
+            "into what the model returns; of a penalty on gradients nothing need be measured",
         )
     missing = [
         block.name
