@@ -360,7 +360,8 @@ FITS = r"; give likelihood=, or output= to pick the right tensor$"
          rf"^the categorical likelihood needs .*, got an output of shape \(5,\) .*float32 "
          r'\(one logit for each example is likelihood="bernoulli"; for all logits of a '
          r"single one give "
-         rf"output=lambda logits: logits\[None\]\){FITS}"),
+         r"output=lambda logits: logits\[None\]; of a flow's log-probabilities no label can be "
+         rf'drawn: fisher="empirical"\){FITS}'),
         ("categorical", lambda out: out.mean(),
          rf"^the categorical likelihood needs .*, got an output of shape \(\) .*{FITS}"),
         (tekfac.Categorical(dim=-1), lambda out: out[:, 0],

@@ -223,7 +223,9 @@ def test_log_probabilities_of_labels_are_no_logits() -> None:
     def run(m: nn.Module) -> Tensor:
         return -m(x, y).mean()
 
-    with pytest.raises(ValueError, match="no other label can be drawn; return the logits"):
+    with pytest.raises(
+        ValueError, match=r"no other label can be drawn; return the logits .* fisher="
+    ):
         warned_of(LabelsAlone(), run)
     (words,) = warned_of(LabelsAlone(), run, likelihood=tekfac.Categorical(dim=-1))
     assert "not even nearly sum to zero along dimension -1" in words
@@ -278,3 +280,31 @@ def test_a_penalty_on_gradients_is_none() -> None:
         return m(seeded(8, 4)).square().mean() + (slopes - 1).square().mean()
 
     assert not warned_of(clear(1), run, likelihood="gaussian")
+
+
+class Flow(nn.Module):
+    """Returns each example's log-density."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Linear(2, 4).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        shift, log_scale = self.net(x[:, :2]).chunk(2, 1)
+        z = x[:, 2:] * log_scale.exp() + shift
+        return log_scale.sum(1) - z.square().sum(1) / 2
+
+
+def test_log_densities_are_measured_by_the_data() -> None:
+    x = seeded(6, 4)
+    optimizer = tekfac.EKFAC(Flow())
+    with pytest.raises(ValueError, match=r"of a flow's log-probabilities .* fisher=.empirical"):
+        optimizer.model(x)
+    model = Flow()
+    found = traces(model, lambda m: -m(x).mean(), fisher="empirical")
+    truth = 0.0
+    for row in x:
+        found_of = torch.autograd.grad(model(row[None]).sum(), list(model.parameters()))
+        truth += sum(float(g.square().sum()) for g in found_of) / 6
+    assert found["net"] == pytest.approx(truth, rel=1e-9)

@@ -79,7 +79,8 @@ class Likelihood(ABC):
             elif output.dim() == 1 and output.is_floating_point():
                 loss = (
                     ' (one logit for each example is likelihood="bernoulli"; for all logits of a '
-                    "single one give output=lambda logits: logits[None])"
+                    "single one give output=lambda logits: logits[None]; of a flow's "
+                    'log-probabilities no label can be drawn: fisher="empirical")'
                 )
             raise ValueError(
                 f"the {type(self).__name__.lower()} likelihood needs {words}, got an output of "
@@ -306,7 +307,8 @@ def _what_else(output: Tensor, gradient: Tensor, several: bool) -> str:
     if bool((output <= 0).all()) and off_zero(gradient, -1) > 0.99:
         return (
             ". It looks like log-probabilities of the data's own labels, never above zero and "
-            "pulled one way: of these no other label can be drawn; return the logits of all classes"
+            "pulled one way: of these no other label can be drawn; return the logits of all "
+            'classes, or give fisher="empirical"'
         )
     dims = "dim=1" if output.dim() == 2 else "dim=1) for (N, classes, ...), (dim=-1"
     return (
