@@ -487,3 +487,30 @@ def test_derivatives_in_the_model() -> None:
         lambda m: [m(row[None]) for row in x],
         {"net.0", "net.2", "net.4"},
     )
+
+
+class Scaled(nn.Module):
+    """A network whose gradients are made smaller behind its output, by a hook or otherwise."""
+
+    def __init__(self, hooked: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.hooked, self.body, self.head = hooked, nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.head(self.body(x).tanh())
+        if not self.hooked:
+            return z / 8 + 7 * z.detach() / 8
+        z.register_hook(lambda gradient: gradient / 8)
+        return z
+
+
+def test_a_hook_on_the_output_scales_the_curvature_of_all_layers() -> None:
+    x, y = torch.randn(6, 4).double(), torch.arange(6) % 3
+    found = []
+    for hooked in (True, False):
+        optimizer = tekfac.EKFAC(Scaled(hooked).double(), **EXACT)
+        F.cross_entropy(optimizer.model(x), y).backward()
+        optimizer.step()
+        found.append({name: block.trace for name, block in optimizer.blocks.items()})
+    assert found[0] == pytest.approx(found[1], rel=1e-9)

@@ -27,7 +27,6 @@ from tekfac.capture.graph import (
     Root,
     Use,
     go_through,
-    identity,
     measuring,
     own_pass,
     read_inputs,
@@ -37,6 +36,7 @@ from tekfac.capture.graph import (
 from tekfac.capture.likelihoods import Categorical, Likelihood, is_open
 from tekfac.capture.observer import Observer, cleared
 from tekfac.capture.passes import Overheard, Pass
+from tekfac.capture.places import identity
 from tekfac.layers import Assignment, Form, as_used
 from tekfac.numerics import undivided
 from tekfac.ranks.fully_sharded import Leaves, sharded_parts, whole

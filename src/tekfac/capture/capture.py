@@ -21,13 +21,14 @@ from torch.utils.hooks import RemovableHandle
 from tekfac.capture.backward import Measuring
 from tekfac.capture.compiled import stand_aside, stand_down
 from tekfac.capture.fisher import Fisher
-from tekfac.capture.graph import behind, made_at, measuring, source_of
+from tekfac.capture.graph import measuring
 from tekfac.capture.hook import Hook, drop_inert
 from tekfac.capture.likelihoods import Likelihood, is_open
 from tekfac.capture.losses import fed_into, is_compared, losses_in
 from tekfac.capture.observer import Observer
 from tekfac.capture.outputs import find_outputs, tensors_of
 from tekfac.capture.passes import Pass, Reached, ReachedBehind, parts_of
+from tekfac.capture.places import behind, made_at, source_of
 from tekfac.checks import first_few
 from tekfac.layers import Assignment
 from tekfac.numerics import undivided

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node
 from torch.utils.hooks import RemovableHandle
 
 from tekfac.capture.reading import Reading
@@ -32,8 +32,6 @@ _own_passes = 0
 VIEWS = {"ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0"}
 
 FORMS = RESHAPES.keys() | SPLITS.keys() | {"SelectBackward0"}
-
-PARALLEL_SINK = "_DDPSinkBackward"
 
 # What is said of an autograd function that somebody wrote: it may be a product or not.
 CUSTOM = " (a custom autograd function)"
@@ -390,8 +388,11 @@ def go_through(
         for use in uses:
             if use.node not in last and use.node is not start.node:
                 handles.append(use.node.register_prehook(_Passed(use, received)))
+        # Asked for, and not taken as it is: what a hook on the output does to it is done to all.
         for use in at_root:
-            received(use, undivided(cotangent))
+            (gradient,) = _gradients(start, [GradientEdge(start.node, start.output_nr)], cotangent)
+            assert gradient is not None
+            received(use, undivided(gradient))
         edges = [GradientEdge(use.node, 0) for use in ends]
         for use, gradient in zip(ends, _gradients(start, edges, cotangent), strict=True):
             if gradient is not None:
@@ -444,59 +445,3 @@ def _gradients(
         if "checkpoint" not in str(error):
             raise
         raise RuntimeError(REENTRANT) from error
-
-
-def behind(output: Tensor, tensors: Collection[Tensor]) -> list[Tensor]:
-    """Those of some tensors that an output is made of, nothing between."""
-    places: dict[tuple[Node, int], Tensor] = {}
-    for tensor in tensors:
-        edge = get_gradient_edge(tensor)
-        places[edge.node, edge.output_nr] = tensor
-    start = get_gradient_edge(output)
-    reached = nearest([(start.node, start.output_nr)], places.__contains__)
-    found = {id(places[edge]): places[edge] for edge in reached}
-    return list(found.values())
-
-
-def nearest(
-    edges: Iterable[tuple[Node | None, int]], known: Callable[[tuple[Node, int]], bool]
-) -> list[tuple[Node, int]]:
-    """The known places that are reached from some in the graph, with nothing known between."""
-    found: list[tuple[Node, int]] = []
-    seen: set[tuple[Node, int]] = set()
-    open_edges = [(node, number) for node, number in edges if node is not None]
-    while open_edges:
-        edge_of = open_edges.pop()
-        if known(edge_of):
-            found.append(edge_of)
-        elif edge_of not in seen:
-            seen.add(edge_of)
-            open_edges += [(n, i) for n, i in edge_of[0].next_functions if n is not None]
-    return found
-
-
-def identity(node: Any) -> int:
-    """What tells a node from others without keeping it, and with it the graph, alive."""
-    number: int = node._sequence_nr()
-    return number
-
-
-def source_of(output: Tensor) -> GradientEdge:
-    """Where in the graph an output was made, before it was only cast or passed on.
-
-    A wrapper's ``.float()`` may be off the way that the loss takes; what it cast is on it. And
-    `DistributedDataParallel` has outputs go through a node that must see the user's passes only.
-    """
-    return made_at(get_gradient_edge(output))
-
-
-def made_at(edge: GradientEdge) -> GradientEdge:
-    """`source_of`, by a place in the graph."""
-    while edge.node.name() in ("ToCopyBackward0", PARALLEL_SINK):
-        # The sink passes all outputs on, each in its place.
-        place = edge.output_nr if edge.node.name() == PARALLEL_SINK else 0
-        before, number = edge.node.next_functions[place]
-        if before is None:
-            break
-        edge = GradientEdge(before, number)
-    return edge

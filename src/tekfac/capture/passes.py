@@ -13,9 +13,9 @@ from torch.autograd.graph import GradientEdge
 from torch.nn.utils.parametrize import ParametrizationList
 
 from tekfac.capture.delivery import Delivery, Expected
-from tekfac.capture.graph import identity, nearest, source_of
 from tekfac.capture.likelihoods import Likelihood
 from tekfac.capture.observer import Observer
+from tekfac.capture.places import identity, nearest, source_of
 from tekfac.checks import first_few
 
 if TYPE_CHECKING:
