@@ -206,6 +206,15 @@ def test_logits_that_sum_to_zero_are_logits() -> None:
         assert trace == pytest.approx(truth, rel=1e-9)
 
 
+def test_a_head_that_is_zero_still_has_logits() -> None:
+    model, x, y = clear(), seeded(8, 4), labels(8, classes=4)
+    nn.init.zeros_(model[2].weight)
+    nn.init.zeros_(model[2].bias)
+    found = traces(model, lambda m: F.cross_entropy(m(x), y, label_smoothing=0.1))
+    truth = dense_fisher([model(row[None]) for row in x], list(model[2].parameters()))
+    assert found["2"] == pytest.approx(float(truth.trace()), rel=1e-9)
+
+
 class LabelsAlone(nn.Module):
     """Returns the log-probabilities of the data's labels and no logits, as fused heads do."""
 

@@ -175,7 +175,7 @@ class Measuring:
             self.strange.setdefault(name, kind)
         uses = found.counted()
         if not uses:
-            # Nothing comes into `.grad`: it is a derivative, that something is to be made of.
+            # Nothing comes into `.grad`. Where it can be differentiated, something is made of it.
             if torch.is_grad_enabled() and number not in here.derived:
                 here.derived.add(number)
                 self.derived += len(here.outputs[number])

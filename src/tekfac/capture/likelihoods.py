@@ -104,7 +104,7 @@ SUMS_TO_ZERO = 0.02
 
 
 def off_zero(values: Tensor, dim: int) -> float:
-    """How far from zero sums along a dimension are, of the absolute sums: 0 to 1."""
+    """How far from zero sums along a dimension are, of the absolute sums: 0 to 1, nan of zeros."""
     size = values.abs().sum(dtype=torch.float64)
     return float(_wide(values).sum(dim).abs().sum(dtype=torch.float64) / size)
 
@@ -271,9 +271,10 @@ class Categorical(Likelihood):
 def _normalised(output: Tensor, gradient: Tensor, dim: int) -> bool:
     """Whether an output's own sums along a dimension are zero, and its gradient is of no label.
 
-    Whatever a loss makes of differences of such vectors, its gradient sums to zero there, too.
+    Whatever a loss makes of differences of such vectors, its gradient sums to zero there, too. An
+    output that is zero throughout is that of a head which is not trained yet.
     """
-    if off_zero(output, dim) > 64 * torch.finfo(output.dtype).eps:
+    if not 0 <= off_zero(output, dim) < 64 * torch.finfo(output.dtype).eps:
         return False
     g = _wide(gradient).movedim(dim, -1).flatten(0, -2)
     p = F.softmax(_wide(output), dim).movedim(dim, -1).flatten(0, -2)
