@@ -198,6 +198,53 @@ def test_fully_connected_scale(
         assert max(betas.values()) > 3.0
 
 
+class Attentive(nn.Module):
+    """Convolutions with a layer of tokens among them, as a diffusion model's attention is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(1, 3, 3), nn.Conv2d(3, 3, 3)
+        self.tokens, self.head = nn.Linear(3, 3), nn.Linear(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.second(self.first(x).tanh())
+        tokens = x.flatten(2).mT
+        # Far smaller a trace than the convolutions': nearly all goes past it.
+        x = tokens + 1e-3 * self.tokens(tokens)
+        out: Tensor = self.head(x.mean(1))
+        return out
+
+
+@pytest.mark.parametrize("method", TRACED)
+def test_scale_is_the_ends_alone(method: str) -> None:
+    """β is for what follows convolutions, not for layers of positions among them."""
+    torch.manual_seed(0)
+    model = Attentive().double()
+    with torch.no_grad():
+        model.head.weight.mul_(8.0)
+    x, y = torch.randn(5, 1, 6, 6, dtype=torch.float64), torch.randint(4, (5,))
+    optimizer = getattr(tekfac, method)(model, lr=0, fisher="exact")
+    F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+
+    def trace(layer: nn.Module) -> float:
+        total = 0.0
+        for example in x:
+            log_p = model(example[None]).log_softmax(1)[0]
+            for one in log_p:
+                grads = torch.autograd.grad(one, [*layer.parameters()], retain_graph=True)
+                total += one.exp().item() * sum(grad.square().sum().item() for grad in grads)
+        return total / len(x)
+
+    mean = (trace(model.first) + trace(model.second)) / 2
+    assert mean / trace(model.tokens) > 100
+    assert float(optimizer.blocks["tokens"].fc_scale) == 1
+    if method == "TEKFAC":  # whose traces are exact
+        expected = mean / trace(model.head)
+        assert expected > 1.5
+        assert float(optimizer.blocks["head"].fc_scale) == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("method", METHODS)

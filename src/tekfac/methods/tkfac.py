@@ -41,7 +41,8 @@ class TKFAC(NaturalGradient):
         W ← W − lr · v
 
     In a convolutional network (one with more convolutions than layers of tokens), the blocks of its
-    fully-connected layers are multiplied by β, to keep pace with the convolutions. The paper's text
+    fully-connected layers (not those of tokens) are multiplied by β, to keep pace with the
+    convolutions. The paper's text
     has no formula for it; **our reading** is ``β = max(1, mean over convolutions of tr F_l / tr
     F_fc)`` for each of them, and damping is that of the multiplied block.
 
@@ -92,7 +93,7 @@ class TKFAC(NaturalGradient):
         for block in others:
             if not isinstance(self.fc_scale, str):
                 block.fc_scale = self.fc_scale
-            elif not block.empty and carried:
+            elif not block.empty and carried and block.positions == 1:
                 own = block.fisher_trace()
                 ratio = mean.to(own) / torch.where(own > 0, own, 1)
                 block.fc_scale = torch.where(own > 0, ratio.clamp_min(1), 1)
