@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -186,3 +194,24 @@ def held_bytes(optimizer: tekfac.NaturalGradient) -> int:
         for block in optimizer.blocks.values()
         for value in block.state_dict().values()
     )
+
+
+@contextmanager
+def taken_over(
+    folder: Path, number: int, model: nn.Module, optimizer: tekfac.NaturalGradient
+) -> Iterator[None]:
+    """Part ``number`` of a training: goes on where the one before has left it, and leaves it."""
+
+    def states() -> dict[str, Any]:
+        return {
+            "model": get_model_state_dict(model),
+            "optimizer": get_optimizer_state_dict(model, optimizer),
+        }
+
+    if number:
+        found = states()
+        checkpoint.load(found, checkpoint_id=folder / str(number - 1))
+        set_model_state_dict(model, found["model"])
+        set_optimizer_state_dict(model, optimizer, found["optimizer"])
+    yield
+    checkpoint.save(states(), checkpoint_id=folder / str(number))

@@ -31,6 +31,7 @@ from ranked import (
     data_of,
     network_of,
     options_of,
+    taken_over,
     train,
     whole,
 )
@@ -126,19 +127,8 @@ def hop(folder: Path, number: int, rows: int) -> dict[str, Tensor]:
     """Two steps of a training that goes on where others have left it, and leaves it to others."""
     model, optimizer, rank, ranks = network_and_optimizer("sharded", rows)
 
-    def states() -> dict[str, Any]:
-        return {
-            "model": get_model_state_dict(model),
-            "optimizer": get_optimizer_state_dict(model, optimizer),
-        }
-
-    if number:
-        found = states()
-        checkpoint.load(found, checkpoint_id=folder / str(number - 1))
-        set_model_state_dict(model, found["model"])
-        set_optimizer_state_dict(model, optimizer, found["optimizer"])
-    steps(model, optimizer, data_of("mlp", 12, 12)[2 * number : 2 * number + 2], rank, ranks)
-    checkpoint.save(states(), checkpoint_id=folder / str(number))
+    with taken_over(folder, number, model, optimizer):
+        steps(model, optimizer, data_of("mlp", 12, 12)[2 * number : 2 * number + 2], rank, ranks)
     return whole(getattr(model, "module", model))
 
 

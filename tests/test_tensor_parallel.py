@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -44,6 +43,7 @@ from ranked import (
     options_of,
     parameters,
     shards,
+    taken_over,
     whole,
     wrapping,
 )
@@ -349,22 +349,11 @@ def hop(folder: Path, number: int, rows: int, tensor: bool) -> dict[str, Tensor]
         row = mesh.get_local_rank("data")
     optimizer = tekfac.TEKFAC(model, **options_of("TEKFAC", placement="sharded", momentum=0.9))
 
-    def states() -> dict[str, Any]:
-        return {
-            "model": get_model_state_dict(model),
-            "optimizer": get_optimizer_state_dict(model, optimizer),
-        }
-
-    if number:
-        found = states()
-        checkpoint.load(found, checkpoint_id=folder / str(number - 1))
-        set_model_state_dict(model, found["model"])
-        set_optimizer_state_dict(model, optimizer, found["optimizer"])
-    for x, y in shards(batches(12), [12 // rows] * rows)[row][2 * number : 2 * number + 2]:
-        optimizer.zero_grad()
-        loss_of(model(x), y).backward()
-        optimizer.step()
-    checkpoint.save(states(), checkpoint_id=folder / str(number))
+    with taken_over(folder, number, model, optimizer):
+        for x, y in shards(batches(12), [12 // rows] * rows)[row][2 * number : 2 * number + 2]:
+            optimizer.zero_grad()
+            loss_of(model(x), y).backward()
+            optimizer.step()
     return whole(model)
 
 
