@@ -109,7 +109,9 @@ class Crew:
             results = []
             for rank, pipe in enumerate(self.pipes):
                 if not pipe.poll(max(0.0, end - time.monotonic())):
-                    raise TimeoutError(f"rank {rank} took more than {seconds} seconds")
+                    gave = [repr(each) for each in results if isinstance(each, Exception)]
+                    said = f"; before it: {', '.join(gave)}" if gave else ""
+                    raise TimeoutError(f"rank {rank} took more than {seconds} seconds{said}")
                 try:
                     results.append(pipe.recv())
                 except EOFError:
