@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 import tekfac
 from benchmarks.gauntlet.tasks.task import Task
 from tekfac.runs import optimizers
-from tekfac.runs.optimizers.natural_gradient import DAMPING_RULES
+from tekfac.runs.optimizers.natural_gradient import arguments
 
 Settings = Mapping[str, Any]
 
@@ -67,10 +67,7 @@ def _natural(
     method: Callable[..., Optimizer], network: nn.Module, task: Task, settings: Settings
 ) -> Optimizer:
     # Of settings that are not given, the method's own defaults, not those tuned for the digits.
-    options = dict(settings)
-    for name, rule in DAMPING_RULES.items():
-        if name in options:
-            options["damping"] = rule(options.pop(name))
+    options = arguments(settings)
     # Where the curvature itself divides, the method decides what tables divide by.
     if options.get("power") == 1.0:
         del options["power"]
@@ -78,8 +75,6 @@ def _natural(
         options["damping"] = tekfac.MeanDamping(ROOT_DAMPING)
     if options.pop("damping_rule", "mean") == "adaptive":
         options["damping"] = tekfac.AdaptiveDamping()
-    if "first_order_lr" in options:
-        options["first_order"] = tekfac.Adam(lr=options.pop("first_order_lr"))
     return method(network, likelihood=task.likelihood, mean_over=task.mean_over, **options)
 
 
@@ -115,7 +110,12 @@ class Contender:
 
 
 NATURAL_GRID = grid(lr=(2.5e-3, 5e-3, 1e-2), power=(0.5, 1.0))
-NATURAL_FIXED = f"MeanDamping(0.3), with power 0.5 MeanDamping({ROOT_DAMPING:g})"
+
+
+def _natural_contender(method: type[tekfac.NaturalGradient], cost: float) -> Contender:
+    fixed = f"MeanDamping(0.3), with power 0.5 MeanDamping({ROOT_DAMPING:g})"
+    return Contender(method.__name__, partial(_natural, method), NATURAL_GRID, cost, fixed=fixed)
+
 
 CONTENDERS: dict[str, Contender] = {
     "sgd": Contender(
@@ -153,18 +153,10 @@ CONTENDERS: dict[str, Contender] = {
         cost=2.0,
         fixed=f"RMSProp's step lengths, a refresh every {REFRESH_EVERY} steps",
     ),
-    "kfac": Contender(
-        "KFAC", partial(_natural, tekfac.KFAC), NATURAL_GRID, cost=1.8, fixed=NATURAL_FIXED
-    ),
-    "ekfac": Contender(
-        "EKFAC", partial(_natural, tekfac.EKFAC), NATURAL_GRID, cost=2.0, fixed=NATURAL_FIXED
-    ),
-    "tkfac": Contender(
-        "TKFAC", partial(_natural, tekfac.TKFAC), NATURAL_GRID, cost=1.8, fixed=NATURAL_FIXED
-    ),
-    "tekfac": Contender(
-        "TEKFAC", partial(_natural, tekfac.TEKFAC), NATURAL_GRID, cost=2.0, fixed=NATURAL_FIXED
-    ),
+    "kfac": _natural_contender(tekfac.KFAC, cost=1.8),
+    "ekfac": _natural_contender(tekfac.EKFAC, cost=2.0),
+    "tkfac": _natural_contender(tekfac.TKFAC, cost=1.8),
+    "tekfac": _natural_contender(tekfac.TEKFAC, cost=2.0),
     "tekfac-defaults": Contender(
         "TEKFAC, defaults", partial(_natural, tekfac.TEKFAC), [{}], cost=2.0
     ),

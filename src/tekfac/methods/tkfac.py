@@ -42,9 +42,9 @@ class TKFAC(NaturalGradient):
 
     In a convolutional network (one with more convolutions than layers of tokens), the blocks of its
     fully-connected layers (not those of tokens) are multiplied by β, to keep pace with the
-    convolutions. The paper's text
-    has no formula for it; **our reading** is ``β = max(1, mean over convolutions of tr F_l / tr
-    F_fc)`` for each of them, and damping is that of the multiplied block.
+    convolutions. The paper's text has no formula for it; **our reading** is ``β = max(1, mean over
+    convolutions of tr F_l / tr F_fc)`` for each of them, and damping is that of the multiplied
+    block.
 
     Args:
         damping: as in `NaturalGradient`, or a `TraceDamping`, which follows the trace of each

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -38,15 +39,22 @@ NATURAL_GRADIENT: Values = {
 PAPER: Values = {"power": 1.0, "rms_clip": None}
 
 
+def arguments(settings: Values) -> dict[str, Any]:
+    """A run's settings, as arguments of the package's optimizers."""
+    options = dict(settings)
+    if "first_order_lr" in options:
+        options["first_order"] = tekfac.Adam(lr=options.pop("first_order_lr"))
+    for setting, rule in DAMPING_RULES.items():
+        if setting in options:
+            options["damping"] = rule(options.pop(setting))
+    return options
+
+
 def _natural_gradient(
     optimizer: Callable[..., Optimizer], fixed: Values = PAPER
 ) -> Callable[[nn.Module, Values, torch.Generator], Optimizer]:
     def build(network: nn.Module, settings: Values, generator: torch.Generator) -> Optimizer:
-        options = dict(settings)
-        options["first_order"] = tekfac.Adam(lr=options.pop("first_order_lr"))
-        for setting, rule in DAMPING_RULES.items():
-            if setting in options:
-                options["damping"] = rule(options.pop(setting))
+        options = arguments(settings)
         if options["fisher"] == "mc":
             options["generator"] = generator
         return optimizer(network, **fixed, **options)
