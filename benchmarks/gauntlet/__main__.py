@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -22,6 +22,7 @@ from benchmarks.gauntlet.runner import Job, Result, Runs, words
 from benchmarks.gauntlet.search import Plan
 from benchmarks.gauntlet.sources import SHAPES, Sources
 from benchmarks.gauntlet.tasks import TASKS
+from benchmarks.gauntlet.tasks.task import Task
 from tekfac.errors import InputError
 
 SEEDS = 3
@@ -34,21 +35,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--tasks", default=",".join(TASKS), help=f"of {', '.join(TASKS)}")
+    add_task_arguments(parser)
     parser.add_argument(
         "--optimizers", default=",".join(CONTENDERS), help=f"of {', '.join(CONTENDERS)}"
     )
-    parser.add_argument(
-        "--data",
-        nargs="+",
-        default=[],
-        metavar="NAME=FILE.npz",
-        help="mnist= and cifar10=: a file, or the name of a data set to be downloaded; without "
-        "one, scikit-learn's digits, enlarged",
-    )
     parser.add_argument("--trials", type=int, default=TRIALS, help="of each search")
     parser.add_argument("--seeds", type=int, default=SEEDS, help="of the final settings")
-    parser.add_argument("--fraction", type=float, default=1.0, help="shrinks everything")
     parser.add_argument("--out", type=Path, default=Path("runs/gauntlet"), help="runs")
     parser.add_argument("--report", type=Path, default=Path("results/gauntlet"), help="tables")
     parser.add_argument(
@@ -71,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not options.report_only:
             torch.set_num_threads(1)
             warnings.simplefilter("ignore", RuntimeWarning)  # of steps on the way to divergence
-            plan.work(_tell)
+            plan.work(tell)
         # Processes that shared the work are done with it at the same time.
         with plan.runs.alone():
             report.write(plan, options.report)
@@ -80,27 +72,60 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"report: {options.report / 'gauntlet.md'}")
 
 
-def _plan(options: argparse.Namespace) -> Plan:
-    tasks, optimizers = options.tasks.split(","), options.optimizers.split(",")
-    for kind, given, known in (
-        ("--tasks", tasks, TASKS),
-        ("--optimizers", optimizers, CONTENDERS),
-        ("--anew", [name for name in options.anew.split(",") if name], CONTENDERS),
-        ("--data", _data(options.data), SHAPES),
-    ):
-        if unknown := sorted(set(given) - known.keys()):
-            raise InputError(f"{kind} {', '.join(unknown)}: there is {', '.join(known)}")
+def add_task_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `tasks_and_runs` reads: which tasks, of which data, how large."""
+    parser.add_argument("--tasks", default=",".join(TASKS), help=f"of {', '.join(TASKS)}")
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        default=[],
+        metavar="NAME=FILE.npz",
+        help="mnist= and cifar10=: a file, or the name of a data set to be downloaded; without "
+        "one, scikit-learn's digits, enlarged",
+    )
+    parser.add_argument("--fraction", type=float, default=1.0, help="shrinks everything")
+
+
+def tasks_and_runs(options: argparse.Namespace) -> tuple[dict[str, Task], Runs]:
+    """The tasks asked for, by name, and the folder ``--out`` for their runs.
+
+    Raises:
+        InputError: for a task, data or a size that there is not, or a folder of other runs.
+    """
+    data, tasks = _data(options.data), options.tasks.split(",")
+    check_known("--tasks", tasks, TASKS)
+    check_known("--data", data, SHAPES)
     if not 0 < options.fraction <= 1:
         raise InputError(f"--fraction must be above 0 and at most 1, got {options.fraction}")
+    sources = Sources(data, options.out)
+    identity = {
+        "fraction": options.fraction,
+        "data": {name: sources.words(name) for name in SHAPES},
+    }
+    runs = Runs(options.out, identity)
+    return {name: TASKS[name](sources, options.fraction) for name in tasks}, runs
+
+
+def check_known(option: str, given: Iterable[str], known: Mapping[str, object]) -> None:
+    """Refuse names that are not known.
+
+    Raises:
+        InputError: with those, and what there is.
+    """
+    if unknown := sorted(set(given) - known.keys()):
+        raise InputError(f"{option} {', '.join(unknown)}: there is {', '.join(known)}")
+
+
+def _plan(options: argparse.Namespace) -> Plan:
+    optimizers = options.optimizers.split(",")
+    check_known("--optimizers", optimizers, CONTENDERS)
+    check_known("--anew", filter(None, options.anew.split(",")), CONTENDERS)
     if options.trials < 1 or options.seeds < 1:
         raise InputError("--trials and --seeds must be 1 or more")
-    sources = Sources(_data(options.data), options.out)
-    data = {name: sources.words(name) for name in SHAPES}
-    runs = Runs(options.out, {"fraction": options.fraction, "data": data})
+    tasks, runs = tasks_and_runs(options)
     if options.kept is not None:
         _adopt(runs, options.kept, set(optimizers) - set(options.anew.split(",")))
-    made = {name: TASKS[name](sources, options.fraction) for name in tasks}
-    return Plan(made, optimizers, options.trials, options.seeds, runs)
+    return Plan(tasks, optimizers, options.trials, options.seeds, runs)
 
 
 def _adopt(runs: Runs, path: Path, optimizers: set[str]) -> None:
@@ -120,7 +145,8 @@ def _data(given: Sequence[str]) -> dict[str, str]:
     return dict(entry.split("=", 1) for entry in given)
 
 
-def _tell(job: Job, result: Result) -> None:
+def tell(job: Job, result: Result) -> None:
+    """Print a line of a run that is done."""
     end = result.points[-1]
     said = f"loss {end.loss:.4g}" if result.status == "done" else result.message
     print(

@@ -72,7 +72,7 @@ def _natural(
     if options.get("power") == 1.0:
         del options["power"]
     elif "power" in options:
-        options["damping"] = tekfac.MeanDamping(ROOT_DAMPING)
+        options.setdefault("damping", tekfac.MeanDamping(ROOT_DAMPING))
     if options.pop("damping_rule", "mean") == "adaptive":
         options["damping"] = tekfac.AdaptiveDamping()
     return method(network, likelihood=task.likelihood, mean_over=task.mean_over, **options)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from benchmarks.gauntlet.optimizers import CONTENDERS, Settings, trials
@@ -16,6 +16,32 @@ SEARCH_LENGTH = 1 / 3
 SEARCH_SEED = 1000
 # Seconds until runs that other processes are at are looked at again.
 PATIENCE = 2.0
+
+
+Tell = Callable[[Job, Result], None]
+
+
+def work(
+    open_jobs: Callable[[], Sequence[Job]], tasks: Mapping[str, Task], runs: Runs, tell: Tell
+) -> None:
+    """Do jobs until none is open, beside other processes that do the same.
+
+    Args:
+        open_jobs: those that are left, in the order in which they are to be done.
+        tasks: by name.
+        runs: the folder.
+        tell: is told of each run that this process has done.
+    """
+    while jobs := open_jobs():
+        for job in jobs:
+            with runs.claim(job) as mine:
+                if mine:
+                    result = trained(tasks[job.task], job)
+                    runs.save(job, result)
+                    tell(job, result)
+                    break
+        else:
+            time.sleep(PATIENCE)
 
 
 @dataclass(frozen=True)
@@ -100,22 +126,13 @@ class Plan:
         """Those that are left."""
         return [job for job in self.jobs() if self.runs.result(job) is None]
 
-    def work(self, tell: Callable[[Job, Result], None]) -> None:
+    def work(self, tell: Tell) -> None:
         """Do what is left, beside other processes that do the same.
 
         Args:
             tell: is told of each run that this process has done.
         """
-        while jobs := self.open_jobs():
-            for job in jobs:
-                with self.runs.claim(job) as mine:
-                    if mine:
-                        result = trained(self.tasks[job.task], job)
-                        self.runs.save(job, result)
-                        tell(job, result)
-                        break
-            else:
-                time.sleep(PATIENCE)
+        work(self.open_jobs, self.tasks, self.runs, tell)
 
     def seconds_left(self) -> float:
         """An estimate, for one process: as long as runs of the kind took, where there are some."""

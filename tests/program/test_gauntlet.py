@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gauntlet import report
+from benchmarks import map as the_map
+from benchmarks.gauntlet import report, search
 from benchmarks.gauntlet.__main__ import main
 from benchmarks.gauntlet.optimizers import CONTENDERS, TRIALS, build, trials
 from benchmarks.gauntlet.report import Outcome
@@ -334,3 +335,33 @@ def searched(losses: Sequence[float], folder: Path) -> Plan:
         with plan.runs.claim(job):
             plan.runs.save(job, curve(loss) if math.isfinite(loss) else LOST)
     return plan
+
+
+def test_a_map_counts_the_cells_near_the_best(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """AdamW is near at two of five rates, TEKFAC at two of five rates with any damping but one."""
+    tried = []
+
+    def ends(task: Task, job: Job) -> Result:
+        tried.append(job)
+        lr, ratio = job.settings["lr"], job.settings.get("mean_damping", 0.0)
+        if ratio > 2 and lr > 0.02:
+            return Result("diverged", "", [Point(0, 1.0, 0.0, 0.0, 0.0)], 0.0)
+        loss = 1.0 if lr > 0.008 else 1.0999 if lr > 0.002 else 1.2
+        return Result("done", "", [Point(job.steps, loss, 0.0, 0.0, 0.0)], 0.0)
+
+    monkeypatch.setattr(search, "trained", ends)
+    given = ["--tasks", "lstm", "--fraction", "0.02", "--out", str(tmp_path)]
+    the_map.main(given)
+    shown = capsys.readouterr().out
+    assert len(tried) == 5 + 2 * 25
+    assert "| AdamW | lr | 1.2 | 1.2 | 1.2 | 1.1 | 1 |" in shown
+    assert "| TEKFAC, power 0.5, lr × 10 | damping | 1 | 1 | 1 | 1 | diverged |" in shown
+    near = "40% of 5, best 1 | 56% of 25, best 1 | 56% of 25, best 1 | 2 |"
+    assert shown.rstrip().endswith(f"| lstm | {near}")
+    the_map.main(given)
+    assert len(tried) == 5 + 2 * 25, "what is done is not done again"
+    with pytest.raises(SystemExit):
+        the_map.main(["--tasks", "chess", "--out", str(tmp_path)])
+    assert "--tasks chess: there is autoencoder" in capsys.readouterr().err
