@@ -302,6 +302,26 @@ OF_HEADS: dict[str, tuple[tuple[int, ...], Use, int]] = {
     "tensordot": ((6, 2, 4), lambda x, w, b: torch.tensordot(x, w, 1), 8),
     "flattened": ((4, 2, 3), lambda x, w, b: F.linear(x, w.flatten(1)), 4),
     "three": ((6, 3, 2, 4), lambda x, w, b: torch.einsum("ntd,dchk->ntchk", x, w).sum(2), 8),
+    # With heads first, the matrix is a copy in another order.
+    "first into heads": ((2, 6, 4), lambda x, w, b: torch.einsum("ntd,hdk->nthk", x, w), 8),
+    "first, turned": ((2, 4, 6), lambda x, w, b: torch.einsum("ntd,hkd->nthk", x, w), 8),
+    "first out of heads": (
+        (2, 3, 4),
+        lambda x, w, b: torch.einsum("nthk,hkd->ntd", x.unflatten(2, (2, 3)), w),
+        4,
+    ),
+    "XLNet's out of heads": (
+        (4, 2, 3),
+        lambda x, w, b: torch.einsum("ihnd,jnd->ihj", x.unflatten(2, (2, 3)), w),
+        4,
+    ),
+    "rearranged": (
+        (2, 6, 4),
+        lambda x, w, b: F.linear(x, w.permute(0, 2, 1).reshape(8, 6)),
+        8,
+    ),
+    "between": ((2, 6, 4), lambda x, w, b: x @ w.transpose(0, 1).reshape(6, 8), 8),
+    "three, first": ((3, 2, 6, 4), lambda x, w, b: torch.einsum("ntd,chdk->ntchk", x, w).sum(2), 8),
 }
 
 
@@ -309,5 +329,45 @@ OF_HEADS: dict[str, tuple[tuple[int, ...], Use, int]] = {
 def test_a_dimension_for_heads(kind: str) -> None:
     """As XLNet has it: a matrix, and no stack of them."""
     torch.manual_seed(0)
-    optimizer = check(Heads(*OF_HEADS[kind]), loss, single_logits, {"before", "", "head"})
-    assert type(optimizer.blocks[""].layer) is LinearLayer
+    model = Heads(*OF_HEADS[kind])
+    optimizer = check(model, loss, single_logits, {"before", "", "head"})
+    layer = optimizer.blocks[""].layer
+    assert type(layer) is LinearLayer
+    entries = torch.arange(model.weight.numel(), dtype=torch.float64).view_as(model.weight)
+    assert torch.equal(layer.split(layer.matrix(entries, None))[0], entries)
+
+
+@pytest.mark.parametrize("kind", ["first into heads", "first out of heads"])
+def test_a_state_tells_which_dimensions_are_rows(kind: str) -> None:
+    """Where the other side is taken for the rows, no shape says so: here both are alike."""
+    torch.manual_seed(0)
+    model = Heads(*OF_HEADS[kind]).double()
+    optimizer = tekfac.TEKFAC(model, **EXACT)
+    loss(model).backward()
+    optimizer.step()
+    other = Heads(*OF_HEADS[kind]).double()
+    other.load_state_dict(model.state_dict())
+    fresh = tekfac.TEKFAC(other, **EXACT)
+    fresh.load_state_dict(optimizer.state_dict())
+    assert fresh.blocks[""].layer.form == optimizer.blocks[""].layer.form
+    for each, its in ((model, optimizer), (other, fresh)):
+        torch.manual_seed(1)
+        its.zero_grad()
+        loss(each).backward()
+        its.step()
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_two_orders_of_one_parameter_are_told() -> None:
+    def use(x: Tensor, w: Tensor, b: Any) -> Tensor:
+        one = torch.einsum("ntd,hdk->nthk", x, w).flatten(2)
+        return torch.cat([one, x[..., :4] @ w.flatten(0, 1).mT], 2)
+
+    torch.manual_seed(0)
+    model = Heads((2, 6, 4), use, 20).double()
+    optimizer = tekfac.TEKFAC(model)
+    loss(model).backward()
+    with pytest.warns(RuntimeWarning, match="beside another kind of product"):
+        optimizer.step()
+    assert optimizer.blocks[""].empty

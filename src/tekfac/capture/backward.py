@@ -157,7 +157,7 @@ class Measuring:
         )
         self.reentrant |= found.reentrant
         self.compiled |= found.compiled
-        kinds: dict[str, tuple[int, int]] = {}
+        kinds: dict[str, tuple[int, int, int]] = {}
         for use in found.uses:
             reading, name = use.reading, use.name
             looked_up = False
@@ -165,8 +165,8 @@ class Measuring:
                 # What was measured of a table is the curvature of lookups alone.
                 looked_up = reading.layer.looked_up
                 form = reading.layer.form
-                kinds[name] = form.convolved, form.stacked
-            as_seen = reading.convolved, int(reading.stacked)
+                kinds[name] = form.convolved, form.stacked, form.order
+            as_seen = reading.convolved, int(reading.stacked), reading.order
             other = as_seen != kinds.setdefault(name, as_seen)
             if other or (looked_up and not reading.product.lookup):
                 words = f"{use.node.name()} beside another kind of product"
@@ -246,6 +246,7 @@ class Measuring:
                 turned=layer.form.turned,
                 convolved=use.reading.convolved,
                 stacked=use.reading.stacked,
+                order=use.reading.order,
             )
             if not form.convolved and all(reading.swapped for reading in own):
                 form = form._replace(turned=not form.turned)

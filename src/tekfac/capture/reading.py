@@ -65,6 +65,11 @@ class Reading:
         return self.view is not None and self.view.member is not None
 
     @property
+    def order(self) -> int:
+        """In which order the weight's dimensions make a matrix, as `Order.code`."""
+        return 0 if self.view is None else self.view.order
+
+    @property
     def plain(self) -> bool:
         """Whether the parameter's first dimension is the output's."""
         return not (self.swapped or self.layer.form.turned)

@@ -31,6 +31,8 @@ def as_used(layer: Layer, form: Form) -> Layer:
     if form.looked_up != layer.looked_up:
         kind = EmbeddingLayer if form.looked_up else LinearLayer
         layer = kind(name, full, weight, bias, layer.transposed)
+    if form.order != layer.form.order:
+        layer = LinearLayer(name, full, weight, bias, layer.transposed, form.order)
     if form.turned != layer.transposed:
         layer.turn()
     return layer

@@ -36,6 +36,7 @@ class Form(NamedTuple):
         turned: whether the parameter is ``Wᵀ``.
         convolved: in how many groups of channels it is convolved; 0 for none.
         stacked: whether its first dimension counts matrices.
+        order: in which order its dimensions make a matrix, as `Order.code`.
     """
 
     bias: int
@@ -43,6 +44,7 @@ class Form(NamedTuple):
     turned: int = 0
     convolved: int = 0
     stacked: int = 0
+    order: int = 0
 
 
 class Layer(ABC):

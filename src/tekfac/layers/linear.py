@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 from torch import Tensor, nn
 
 from tekfac.layers.layer import Form, Layer
+from tekfac.layers.order import Order
 from tekfac.numerics import square_norms
 
 
@@ -15,6 +14,8 @@ class LinearLayer(Layer):
 
     Attributes:
         transposed: whether the parameter is ``Wᵀ``, ``(d_in, d_out)``, as in GPT-2's ``Conv1D``.
+        order: in which order the parameter's dimensions make that matrix: all after the first are
+            its columns, or heads come first, say.
     """
 
     def __init__(
@@ -24,8 +25,10 @@ class LinearLayer(Layer):
         weight: nn.Parameter | None,
         bias: nn.Parameter | None,
         transposed: bool = False,
+        order: int = 0,
     ) -> None:
         self.transposed = transposed
+        self.order = Order.of(order, full.dim())
         super().__init__(name, full, weight, bias)
 
     def turn(self) -> None:
@@ -35,7 +38,7 @@ class LinearLayer(Layer):
 
     @property
     def form(self) -> Form:
-        return super().form._replace(turned=self.transposed)
+        return super().form._replace(turned=self.transposed, order=self.order.code)
 
     def resemble(
         self, shape: tuple[int, int], parameters: int, transposed: bool | None = None
@@ -49,7 +52,7 @@ class LinearLayer(Layer):
                 self.turn()
 
     def _measure(self) -> None:
-        rows, columns = self.full.shape[0], math.prod(self.full.shape[1:])
+        rows, columns = self.order.sizes(self.full.shape)
         if self.transposed:
             rows, columns = columns, rows
         self.d_out = rows
@@ -73,10 +76,11 @@ class LinearLayer(Layer):
         self._check_width(x, x.shape[-1], self.d_in - (self.bias is not None))
 
     def _columns(self, weight: Tensor) -> Tensor:
-        return weight.flatten(1).mT if self.transposed else weight.flatten(1)
+        matrix = self.order.matrix(weight)
+        return matrix.mT if self.transposed else matrix
 
     def _weight(self, columns: Tensor) -> Tensor:
-        return (columns.mT if self.transposed else columns).reshape(self.full.shape)
+        return self.order.weight(columns.mT if self.transposed else columns, self.full.shape)
 
     def _plain_weight(self, columns: Tensor) -> Tensor:
         return self._weight(columns)

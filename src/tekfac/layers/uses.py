@@ -14,11 +14,11 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from tekfac.layers.geometry import Geometry
+from tekfac.layers.order import Seen
 from tekfac.layers.saved import (
     adds_up,
     axis_of,
@@ -183,6 +183,7 @@ class View:
         inner: all nodes of that function.
         member: of a stack of matrices the number of that which is multiplied, `EACH` for each with
             rows of its own; None where the parameter is one matrix.
+        order: in which order its dimensions make the matrix, as `Order.code`.
     """
 
     parameter: nn.Parameter
@@ -193,6 +194,7 @@ class View:
     takers: frozenset[Any] = frozenset()
     made: tuple[Any, int] | None = None
     inner: frozenset[Any] = frozenset()
+    order: int = 0
 
     @classmethod
     def of(cls, edge: tuple[Any, int]) -> View | None:
@@ -240,7 +242,7 @@ class View:
     def of_matrix(cls, edge: tuple[Any, int]) -> View | None:
         """The parameter behind an operand that is a matrix, a batch of the same one, or a stack.
 
-        Whatever views lie between: they are seen again, of a tensor without numbers.
+        Whatever views, and copies in another order, lie between.
         """
         node: Any = edge[0]
         path: list[Any] = []
@@ -250,24 +252,15 @@ class View:
         if node is None or node.name() != ACCUMULATE or node.variable.dim() < 2:
             return None
         p = node.variable
-        seen = torch.empty(p.shape, device="meta")
-        try:
-            for each in reversed(path):
-                seen = RESHAPES[each.name()](each, seen)
-        except RuntimeError:  # a copy in another order
+        seen = Seen(p.shape)
+        if not all(RESHAPES[each.name()](each, seen) for each in reversed(path)):
             return None
         takers = frozenset(path[-1:])
-        if p.dim() == 3:
-            turned = _turned(seen, seen.new_empty(p.shape))
-            if turned is not None:
-                return cls(p, turned, member=EACH, takers=takers)
-        if seen.dim() == 3:
-            if len(seen) > 1 and seen.stride(0) != 0:
-                return None
-            seen = seen[0]
-        # Of more dimensions, such as heads, all after the first are one of the matrix.
-        turned = _turned(seen, seen.new_empty(p.shape).flatten(1))
-        return None if turned is None else cls(p, turned, takers=takers)
+        if (turned := seen.stack()) is not None:
+            return cls(p, turned, member=EACH, takers=takers)
+        if (found := seen.matrix()) is not None:
+            return cls(p, found[0], takers=takers, order=found[1].code)
+        return None
 
     @classmethod
     def made_of(cls, edge: tuple[Any, int], known: Collection[nn.Parameter]) -> View | None:
@@ -305,16 +298,6 @@ class View:
         return cls(found[0], turned, takers=own, made=(node, number), inner=frozenset(inner))
 
 
-def _turned(seen: Tensor, like: Tensor) -> bool | None:
-    """Whether a view is another transposed, or the same; None if it is neither."""
-    for turned, other in ((False, like), (True, like.mT)):
-        if seen.shape == other.shape:
-            steps = zip(seen.shape, seen.stride(), other.stride(), strict=True)
-            if all(n == 1 or a == b for n, a, b in steps):
-                return turned
-    return None
-
-
 # All members of a stack.
 EACH = -1
 
@@ -329,22 +312,29 @@ FLATTENS = {
 }
 
 
-def _as_its_result(node: Any, tensor: Tensor) -> Tensor:
-    return tensor.view(tuple(node._input_metadata[0].shape))
+def _reshape(node: Any, seen: Seen) -> bool:
+    return seen.reshape(tuple(node._input_metadata[0].shape))
 
 
-# Nodes that show a tensor in another form, and how.
-RESHAPES: dict[str, Callable[[Any, Tensor], Tensor]] = {
-    **dict.fromkeys(SAME, lambda node, tensor: tensor),
-    **dict.fromkeys(FLATTENS, _as_its_result),
-    "UnsqueezeBackward0": _as_its_result,
-    "TBackward0": lambda node, tensor: tensor.mT,
-    "NumpyTBackward0": lambda node, tensor: tensor.permute(*range(tensor.dim())[::-1]),
-    "TransposeBackward0": lambda node, tensor: tensor.transpose(
-        axis_of(node._saved_dim0), axis_of(node._saved_dim1)
+def _transpose(node: Any, seen: Seen) -> bool:
+    order = [*range(len(seen.dims))]
+    one, other = axis_of(node._saved_dim0), axis_of(node._saved_dim1)
+    order[one], order[other] = order[other], order[one]
+    return seen.permute(order)
+
+
+# Nodes that show a tensor in another form: each changes what is seen, and says whether that could
+# be followed.
+RESHAPES: dict[str, Callable[[Any, Seen], bool]] = {
+    **dict.fromkeys(SAME, lambda node, seen: True),
+    **dict.fromkeys([*FLATTENS, "UnsqueezeBackward0"], _reshape),
+    **dict.fromkeys(
+        ["TBackward0", "NumpyTBackward0"],
+        lambda node, seen: seen.permute(range(len(seen.dims))[::-1]),
     ),
-    "PermuteBackward0": lambda node, tensor: tensor.permute(*map(axis_of, node._saved_dims)),
-    "ExpandBackward0": lambda node, tensor: tensor.expand(tuple(node._input_metadata[0].shape)),
+    "TransposeBackward0": _transpose,
+    "PermuteBackward0": lambda node, seen: seen.permute([*map(axis_of, node._saved_dims)]),
+    "ExpandBackward0": lambda node, seen: seen.expand(tuple(node._input_metadata[0].shape)),
 }
 
 

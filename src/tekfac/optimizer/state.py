@@ -34,6 +34,7 @@ def layout_of(groups: Groups, blocks: Blocks) -> dict[str, dict[str, Any]]:
             "looked_up": block.layer.looked_up,
             "convolved": block.layer.form.convolved,
             "stacked": block.layer.form.stacked,
+            "order": block.layer.form.order,
             "transposed": getattr(block.layer, "transposed", False),
             "parameters": [index[p] for p in block.layer.parameters],
         }
@@ -217,6 +218,7 @@ def check_fits(
                 looked_up=each.get("looked_up", False),
                 convolved=each.get("convolved", form.convolved),
                 stacked=each.get("stacked", form.stacked),
+                order=each.get("order", 0),
             )
             layer = as_used(layer, form)
             # Which way round a square matrix is was not kept in older states.
