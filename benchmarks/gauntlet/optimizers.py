@@ -109,7 +109,7 @@ class Contender:
         return len(self.grid) > 1
 
 
-NATURAL_GRID = grid(lr=(2.5e-3, 5e-3, 1e-2), power=(0.5, 1.0))
+NATURAL_GRID = grid(lr=(5e-3, 1e-2, 2e-2), power=(0.5, 1.0))
 
 
 def _natural_contender(method: type[tekfac.NaturalGradient], cost: float) -> Contender:
@@ -170,7 +170,7 @@ TASK_GRIDS: dict[tuple[str, str], Sequence[Settings]] = {
     ("regression", "adamw"): grid(lr=(1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)),
     # Without noise, damping is the question.
     **{
-        ("regression", method): grid(lr=(3e-3, 1e-2, 3e-2), damping_rule=("mean", "adaptive"))
+        ("regression", method): grid(lr=(1e-2, 3e-2, 1e-1), damping_rule=("mean", "adaptive"))
         for method in ("kfac", "ekfac", "tkfac", "tekfac")
     },
     # Steps that the pretrained weights survive.

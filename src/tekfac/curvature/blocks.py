@@ -36,6 +36,8 @@ class Due:
     """Whether the rescaling's samples wait for a basis that is known at the end of the step."""
     factor_rows: float | None = None
     """Inputs that factors read for each of their columns, None for all (`curvature.sampling`)."""
+    reduce: bool = False
+    """Whether factors take an example's positions for one (`Rows.reduced`)."""
     scale_examples: int | None = None
     """Examples that the rescaling is measured on, None for all."""
 
@@ -160,9 +162,10 @@ class Block(Approximation):
                 self.layer.d_out,
             )
         if self.due.factors:
-            read = factor_reading(self.layer, sample, self.due.factor_rows)
+            rows = None if self.due.reduce else self.due.factor_rows
+            read = factor_reading(self.layer, sample, rows)
             for part in self.layer.chunks(sample, read.stride, read.dtype):
-                self.factors.add(part, sample.first)
+                self.factors.add(part.reduced() if self.due.reduce else part, sample.first)
 
     def tell(self) -> list[int]:
         """What ranks have to agree on before they go on from a batch, the highest of all counting.

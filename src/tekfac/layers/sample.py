@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tekfac.layers.geometry import Geometry
+from tekfac.numerics import square_norms, wide
 
 
 @dataclass
@@ -158,6 +159,19 @@ class Rows:
     def per_position(self) -> Tensor | float:
         """1 over the number of positions that count, ``(1 or G, n)`` if it differs."""
         return 1 / self.positions if self.counted is None else 1 / self.counted.clamp_min(1)
+
+    def reduced(self) -> Rows:
+        """One row for each example: the mean of its inputs, and the sum of its gradients.
+
+        Of one-hot rows there is no such: they are left as they are.
+        """
+        if self.a.dim() == 3 or self.positions == 1:
+            return self
+        share = self.per_position
+        share = share[..., None, None] if isinstance(share, Tensor) else share
+        a = self.a.sum(2, keepdim=True, dtype=wide(self.a.dtype)) * share
+        g = self.g.sum(2, keepdim=True, dtype=wide(self.g.dtype))
+        return Rows(a, g, 1, lambda: (square_norms(a), square_norms(g)), drawn=self.drawn)
 
 
 def side_by_side(parts: list[Rows]) -> Rows:

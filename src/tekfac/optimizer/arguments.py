@@ -38,6 +38,7 @@ class Common(TypedDict, total=False):
     interval_warmup: bool
     factor_decay: float
     factor_rows: int | None
+    weight_sharing: str
     rank: int | None
     storage: torch.dtype | None
     exclude: Sequence[str | type[nn.Module]]
@@ -59,6 +60,7 @@ def check_arguments(
     basis_every: int,
     factor_decay: float,
     factor_rows: int | None,
+    weight_sharing: str,
     rank: int | None,
     storage: object,
     first_order: object,
@@ -81,6 +83,8 @@ def check_arguments(
     check_decay("factor_decay", factor_decay)
     if factor_rows is not None:
         check_count("factor_rows", factor_rows)
+    if weight_sharing not in ("expand", "reduce"):
+        raise ValueError(f"weight_sharing must be 'expand' or 'reduce', got {weight_sharing!r}")
     if rank is not None:
         check_count("rank", rank)
     if storage is not None and not (isinstance(storage, torch.dtype) and storage.is_floating_point):

@@ -53,6 +53,7 @@ class ModelOptimizer(torch.optim.Optimizer):
     interval_warmup: bool
     factor_decay: float
     factor_rows: int | None
+    weight_sharing: str
     rank: int | None
     storage: torch.dtype | None
     first_order: Adam
@@ -262,7 +263,8 @@ class ModelOptimizer(torch.optim.Optimizer):
     def _intervals(self) -> Intervals:
         """How often what is due; settings may be changed between steps."""
         factors = Statistic(self.factor_every, self.factor_decay, self.factor_rows)
-        return Intervals(factors, self.basis_every, self.interval_warmup)
+        reduce = self.weight_sharing == "reduce"
+        return Intervals(factors, self.basis_every, self.interval_warmup, reduce)
 
     def _set_due(self) -> None:
         capture = self._capture

@@ -133,6 +133,12 @@ class NaturalGradient(ModelOptimizer):
             example, and multiplied as bfloat16 where the processor is made for that
             (`curvature.sampling`). Half as many if ``factor_every`` is below 10. None for all, as
             they are.
+        weight_sharing: how factors see a layer that multiplies an example at several positions
+            (tokens, pixels; Eschenhagen et al., 2023). "expand": as if derivatives at different
+            positions were independent, as in the paper. "reduce": as one, the mean of its inputs
+            and the sum of its output gradients, which is exact where all positions get the same
+            gradient, as before a mean over them, and takes less time. Tables that are looked up are
+            always seen by entry. EKFAC's and TEKFAC's rescaling is exact with either.
         rank: eigenvectors kept of a wide factor, one wider than three times that; the directions
             orthogonal to them share one eigenvalue, which keeps the trace. It bounds what memory,
             refreshes and preconditioning cost in wide layers; more than the default gained little
@@ -177,6 +183,7 @@ class NaturalGradient(ModelOptimizer):
         "interval_warmup",
         "factor_decay",
         "factor_rows",
+        "weight_sharing",
         "rank",
         "kl_clip",
     )
@@ -206,6 +213,7 @@ class NaturalGradient(ModelOptimizer):
         interval_warmup: bool = True,
         factor_decay: float = 0.95,
         factor_rows: int | None = 4,
+        weight_sharing: str = "expand",
         rank: int | None = 32,
         storage: torch.dtype | None = None,
         exclude: Sequence[str | type[nn.Module]] = (),
@@ -237,6 +245,7 @@ class NaturalGradient(ModelOptimizer):
             basis_every=basis_every,
             factor_decay=factor_decay,
             factor_rows=factor_rows,
+            weight_sharing=weight_sharing,
             rank=rank,
             storage=storage,
             first_order=first_order,
@@ -252,6 +261,7 @@ class NaturalGradient(ModelOptimizer):
         self.interval_warmup = interval_warmup
         self.factor_decay, self.kl_clip = factor_decay, kl_clip
         self.factor_rows, self.rank, self.storage = factor_rows, rank, storage
+        self.weight_sharing = weight_sharing
         self.loss_reduction = loss_reduction
         self.first_order = first_order
         self.mean_over, self.batch_dim = mean_over, batch_dim

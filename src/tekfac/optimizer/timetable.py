@@ -46,12 +46,14 @@ class Intervals:
         factors: of them; ``amount`` counts inputs for each column.
         basis_every: steps between two bases of a layer.
         warmup: whether long intervals are shorter early in training.
+        reduce: whether factors take an example's positions for one.
         scale: of the rescaling; ``amount`` counts examples. None where it is not measured.
     """
 
     factors: Statistic
     basis_every: int
     warmup: bool
+    reduce: bool
     scale: Statistic | None = None
 
     def decay(self, step: int, statistic: Statistic | None) -> float:
@@ -68,6 +70,7 @@ class Intervals:
             scale=False,
             basis=False,
             factor_rows=None if rows is None else rows / ranks.batches,
+            reduce=self.reduce,
         )
         if self.scale is None:
             return due
