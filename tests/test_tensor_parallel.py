@@ -188,6 +188,11 @@ def test_as_one_process(method: str, fisher: str, plan: str) -> None:
     check(2, method, plan, fisher=fisher, placement="sharded" if plan == "all" else "auto")
 
 
+def test_positions_taken_for_one() -> None:
+    """Where ranks have parts of a sequence, the mean is that of all of it."""
+    check(2, "TKFAC", "all", fisher="exact", weight_sharing="reduce")
+
+
 @pytest.mark.parametrize(
     ("method", "fisher", "plan", "around"),
     [

@@ -73,7 +73,7 @@ def _natural(
         del options["power"]
     elif "power" in options:
         options.setdefault("damping", tekfac.MeanDamping(ROOT_DAMPING))
-    if options.pop("damping_rule", "mean") == "adaptive":
+    if options.pop("damping_rule", "agreement") == "adaptive":
         options["damping"] = tekfac.AdaptiveDamping()
     return method(network, likelihood=task.likelihood, mean_over=task.mean_over, **options)
 
@@ -113,7 +113,7 @@ NATURAL_GRID = grid(lr=(5e-3, 1e-2, 2e-2), power=(0.5, 1.0))
 
 
 def _natural_contender(method: type[tekfac.NaturalGradient], cost: float) -> Contender:
-    fixed = f"MeanDamping(0.3), with power 0.5 MeanDamping({ROOT_DAMPING:g})"
+    fixed = f"AgreementDamping(0.3), with power 0.5 MeanDamping({ROOT_DAMPING:g})"
     return Contender(method.__name__, partial(_natural, method), NATURAL_GRID, cost, fixed=fixed)
 
 
@@ -170,7 +170,7 @@ TASK_GRIDS: dict[tuple[str, str], Sequence[Settings]] = {
     ("regression", "adamw"): grid(lr=(1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)),
     # Without noise, damping is the question.
     **{
-        ("regression", method): grid(lr=(1e-2, 3e-2, 1e-1), damping_rule=("mean", "adaptive"))
+        ("regression", method): grid(lr=(5e-3, 1e-2, 3e-2), damping_rule=("agreement", "adaptive"))
         for method in ("kfac", "ekfac", "tkfac", "tekfac")
     },
     # Steps that the pretrained weights survive.

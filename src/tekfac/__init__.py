@@ -9,6 +9,7 @@ from tekfac.capture.graph import measuring
 from tekfac.capture.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from tekfac.curvature.damping import (
     AdaptiveDamping,
+    AgreementDamping,
     DampingRule,
     FactoredDamping,
     MeanDamping,
@@ -31,6 +32,7 @@ __all__ = [
     "TKFAC",
     "Adam",
     "AdaptiveDamping",
+    "AgreementDamping",
     "Bernoulli",
     "Categorical",
     "DampingRule",

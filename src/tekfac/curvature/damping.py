@@ -8,15 +8,21 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from tekfac.checks import check_count, check_positive
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 # Reduction ratios below and above which adaptive damping rises and falls.
 LOWER, UPPER = 1 / 4, 3 / 4
+
+# Cosines between steps and their past likewise.
+APART, AGREED = 1 / 2, 9 / 10
 
 
 @dataclass(frozen=True)
@@ -90,8 +96,41 @@ class MeanDamping(DampingRule):
         return (self.ratio / block.dim * block.trace()).clamp_min(smallest)
 
 
+class _MovingDamping(MeanDamping):
+    """`MeanDamping` whose ratio changes while training."""
+
+    decay: float
+    minimum: float
+    maximum: float | None
+
+    def _check(self) -> None:
+        name = type(self).__name__
+        for each in ("ratio", "minimum", "maximum"):
+            check_positive(f"{name}'s {each}", getattr(self, each))
+        if not 0 < self.decay < 1:
+            raise ValueError(f"{name}'s decay must be above 0 and below 1, got {self.decay!r}")
+        if not self.minimum <= self.ratio <= self._highest:
+            raise ValueError(
+                f"{name}'s ratio must be between minimum={self.minimum!r} and "
+                f"maximum={self.maximum!r}, got {self.ratio!r}"
+            )
+
+    @property
+    def _highest(self) -> float:
+        return self.ratio if self.maximum is None else self.maximum
+
+    def _moved(self, found: float, low: float, high: float, steps: int) -> Self:
+        """The rule after so many steps: lower if what was found is high, higher if it is low."""
+        factor = self.decay**steps
+        if found > high:
+            return replace(self, ratio=max(self.minimum, self.ratio * factor))
+        if found < low:
+            return replace(self, ratio=min(self._highest, self.ratio / factor))
+        return self
+
+
 @dataclass(frozen=True)
-class AdaptiveDamping(MeanDamping):
+class AdaptiveDamping(_MovingDamping):
     """`MeanDamping` whose ratio follows from how well the curvature predicts the loss.
 
     Every ``every`` steps the loss of the step's own batch is evaluated once more, after the step
@@ -138,29 +177,57 @@ class AdaptiveDamping(MeanDamping):
     maximum: float = 1e3
 
     def __post_init__(self) -> None:
-        for name in ("ratio", "minimum", "maximum"):
-            check_positive(f"AdaptiveDamping's {name}", getattr(self, name))
         check_count("AdaptiveDamping's every", self.every)
-        if not 0 < self.decay < 1:
-            raise ValueError(
-                f"AdaptiveDamping's decay must be above 0 and below 1, got {self.decay!r}"
-            )
-        if not self.minimum <= self.ratio <= self.maximum:
-            raise ValueError(
-                f"AdaptiveDamping's ratio must be between minimum={self.minimum!r} and "
-                f"maximum={self.maximum!r}, got {self.ratio!r}"
-            )
+        self._check()
 
     def after(self, reduction: float) -> AdaptiveDamping:
         """The rule that follows a step with this ``ρ``; the same where that is nan."""
-        factor = self.decay**self.every
-        if reduction > UPPER:
-            ratio = max(self.minimum, self.ratio * factor)
-        elif reduction < LOWER:
-            ratio = min(self.maximum, self.ratio / factor)
-        else:
-            return self
-        return replace(self, ratio=ratio)
+        return self._moved(reduction, LOWER, UPPER, self.every)
+
+
+@dataclass(frozen=True)
+class AgreementDamping(_MovingDamping):
+    """`MeanDamping` whose ratio falls where steps agree with those before: where there is no noise.
+
+    Damping keeps a gradient's noise from being blown up in directions with little curvature. On
+    batches drawn at random a step has next to nothing to do with the last ones; on full batches of
+    a loss without noise it points along them, and damping only slows such directions down. In every
+    tenth step, of all of a parameter group's layers together, natural gradients ``u`` are compared
+    with the momentum ``v`` that they are added to::
+
+        c = Σ ⟨u, v⟩ / √(Σ ‖u‖² Σ ‖v‖²)
+
+    and when a basis is due, which is when the host waits for an accelerator anyway, the sums since
+    the last one decide: above 0.9 the ratio is multiplied by ``decay`` for each step between, below
+    1/2 divided by it. So it is `MeanDamping` itself in training on small batches. The ratio in
+    force, ``optimizer.param_groups[0]["damping"].ratio``, is part of the optimizer's state.
+
+    It stays as it is without momentum, of which there is no ``v``, and without ``rms_clip``: the
+    bound keeps steps short where little damping makes natural gradients long. What it gains is our
+    finding (benchmarks/README.md).
+
+    Args:
+        ratio: of the mean eigenvalue, positive; the first one, which changes.
+        decay: above 0 and below 1, by which the ratio changes for each step.
+        minimum: what the ratio does not fall below.
+        maximum: what it does not rise above; None for the first.
+
+    Raises:
+        ValueError: for a number out of its range.
+    """
+
+    decay: float = 0.98
+    minimum: float = 1e-5
+    maximum: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.maximum is None:
+            object.__setattr__(self, "maximum", self.ratio)
+        self._check()
+
+    def after(self, agreement: float, steps: int) -> AgreementDamping:
+        """The rule that follows so many steps with this ``c``; the same where that is nan."""
+        return self._moved(agreement, APART, AGREED, steps)
 
 
 @dataclass(frozen=True)

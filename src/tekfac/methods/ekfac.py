@@ -9,7 +9,7 @@ from torch import nn
 
 from tekfac.checks import check_count, check_decay
 from tekfac.curvature.blocks import Block
-from tekfac.curvature.damping import Damping, MeanDamping
+from tekfac.curvature.damping import AgreementDamping, Damping
 from tekfac.curvature.factors import KroneckerFactors
 from tekfac.curvature.rescaling import CorrectedBlock
 from tekfac.optimizer.arguments import Common
@@ -62,7 +62,7 @@ class EKFAC(NaturalGradient):
         lr: float = 5e-3,
         momentum: float = 0.9,
         *,
-        damping: Damping = MeanDamping(),
+        damping: Damping = AgreementDamping(),
         scale_every: int = 10,
         scale_decay: float = 0.95,
         scale_examples: int | None = 16,

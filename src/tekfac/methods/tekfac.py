@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from tekfac.curvature.damping import Damping, MeanDamping
+from tekfac.curvature.damping import AgreementDamping, Damping
 from tekfac.curvature.factors import TraceRestrictedFactors
 from tekfac.curvature.rescaling import CorrectedBlock
 from tekfac.methods.ekfac import EKFAC
@@ -50,7 +50,7 @@ class TEKFAC(EKFAC, TKFAC):
         lr: float = 5e-3,
         momentum: float = 0.9,
         *,
-        damping: Damping = MeanDamping(),
+        damping: Damping = AgreementDamping(),
         fc_scale: float | str = "auto",
         scale_every: int = 10,
         scale_decay: float = 0.95,

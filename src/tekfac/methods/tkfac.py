@@ -9,7 +9,7 @@ from torch import nn
 
 from tekfac.checks import check_positive
 from tekfac.curvature.blocks import Block
-from tekfac.curvature.damping import Damping, MeanDamping
+from tekfac.curvature.damping import AgreementDamping, Damping
 from tekfac.curvature.factors import TraceRestrictedFactors
 from tekfac.curvature.rescaling import FactoredBlock
 from tekfac.layers import ConvLayer
@@ -67,7 +67,7 @@ class TKFAC(NaturalGradient):
         lr: float = 5e-3,
         momentum: float = 0.9,
         *,
-        damping: Damping = MeanDamping(),
+        damping: Damping = AgreementDamping(),
         fc_scale: float | str = "auto",
         **common: Unpack[Common],
     ) -> None:

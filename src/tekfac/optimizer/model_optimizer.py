@@ -24,6 +24,7 @@ from tekfac.curvature.blocks import Block
 from tekfac.layers import Assignment, Layer
 from tekfac.layers.assignment import plain_name
 from tekfac.optimizer import state
+from tekfac.optimizer.agreement import Agreement
 from tekfac.optimizer.events import Events
 from tekfac.optimizer.first_order import Adam, adam_state
 from tekfac.optimizer.groups import check_group, completed, listed
@@ -64,6 +65,7 @@ class ModelOptimizer(torch.optim.Optimizer):
     _ranks: Ranks
     _household: Household
     _events: Events
+    _agreement: Agreement
     _timetable: Timetable
     _in_use: Intervals
     _preconditioner: Preconditioner
@@ -306,6 +308,7 @@ class ModelOptimizer(torch.optim.Optimizer):
             "counters": self.counters,
             "position": self._timetable.step,
             "reduction_ratio": self._reduction_ratio,
+            "agreement": self._agreement.state_dict(),
             "schedule": self._timetable.state_dict(self._blocks.values()),
         }
         if isinstance(self.fisher, SampledFisher):
@@ -349,6 +352,7 @@ class ModelOptimizer(torch.optim.Optimizer):
             setattr(self, name, value)
         self._events.load(own["counters"])
         self._reduction_ratio = own.get("reduction_ratio")  # not there in older states
+        self._agreement.load_state_dict(own.get("agreement"))
         step = own.get("position", own["counters"]["steps"])  # not there in older states
         self._timetable.load(step, own.get("schedule"), self._blocks.values(), self._intervals())
         if isinstance(self.fisher, SampledFisher):

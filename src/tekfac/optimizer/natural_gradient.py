@@ -18,8 +18,9 @@ from tekfac import verdict
 from tekfac.capture.capture import Capture
 from tekfac.capture.fisher import SampledFisher, make_fisher
 from tekfac.capture.likelihoods import Likelihood, make_likelihoods
-from tekfac.curvature.damping import AdaptiveDamping, Damping, MeanDamping
+from tekfac.curvature.damping import AdaptiveDamping, AgreementDamping, Damping
 from tekfac.layers import assign
+from tekfac.optimizer.agreement import EVERY, Agreement
 from tekfac.optimizer.arguments import check_arguments
 from tekfac.optimizer.events import Events
 from tekfac.optimizer.finite import all_finite, name_not_finite
@@ -75,11 +76,12 @@ class NaturalGradient(ModelOptimizer):
             better on every task that we tried. False in the paper. Without momentum, no difference.
         weight_decay: decoupled, not negative.
         damping: λ, a positive float, the same for all layers, or a rule: `MeanDamping`, relative to
-            each layer's own curvature, `AdaptiveDamping`, which is that and follows the loss,
-            `RelativeDamping`, which follows the size of each layer's weights, `FactoredDamping`,
-            which makes a difference to EKFAC and TEKFAC, or, of TKFAC and TEKFAC, `TraceDamping`.
-            The default needs no tuning: it has no unit. With a float,
-            ``lr / damping`` is the step in directions without curvature.
+            each layer's own curvature, `AgreementDamping`, which is that and falls where gradients
+            have no noise, `AdaptiveDamping`, which is that and follows the loss, `RelativeDamping`,
+            which follows the size of each layer's weights, `FactoredDamping`, which makes a
+            difference to EKFAC and TEKFAC, or, of TKFAC and TEKFAC, `TraceDamping`. The default
+            needs no tuning: it has no unit. With a float, ``lr / damping`` is the step in
+            directions without curvature.
         power: of the damped curvature that gradients are divided by, above 0 and at most 1. 1 is
             natural gradient, and the paper's. 1/2 divides each direction of the eigenbasis by the
             root of its curvature, as Adam, Shampoo and SOAP do, and wants their learning rates: the
@@ -196,7 +198,7 @@ class NaturalGradient(ModelOptimizer):
         *,
         nesterov: bool = True,
         weight_decay: float = 0.0,
-        damping: Damping = MeanDamping(),
+        damping: Damping = AgreementDamping(),
         power: float | None = None,
         rms_clip: float | None = 1.0,
         fisher: str = "mc",
@@ -277,6 +279,7 @@ class NaturalGradient(ModelOptimizer):
                 f"({SUPPORTED}): use a torch.optim optimizer for this model"
             )
         self._events = Events()
+        self._agreement = Agreement()
         self._timetable = Timetable()
         self._blocks = {}
         self._frozen = set()
@@ -412,6 +415,8 @@ class NaturalGradient(ModelOptimizer):
             check_grouped(plain_parameters(self.model), self.param_groups, self._events)
         note_unused(capture, self._blocks, self._ranks)
         capture.discard()
+        if any(block.due.basis for block in self._blocks.values()):
+            self._agreement.follow(step, self.param_groups, self._ranks)
         self._apply(wanted)
         if trial is not None:
             self._reduction_ratio = trial.end(self._blocks, self._household)
@@ -555,9 +560,12 @@ class NaturalGradient(ModelOptimizer):
             parts = zip(layer.parameters, layer.split(natural), strict=True)
             found |= {p: part.to(p.dtype) for p, part in parts if p in covered}
         directions = self._household.hand_out(found, covered)
-        for group in self.param_groups:
+        compared = (self._timetable.step + 1) % EVERY == 0
+        for number, group in enumerate(self.param_groups):
             ready = [p for p in group["params"] if p.grad is not None]
             along = {p: directions[p] for p in ready if p in directions}
+            if compared:
+                self._agreement.note(number, group, along, self.state, wanted)
             step_along(along, self.state, group, wanted)
             others = [p for p in ready if p not in directions]
             adam_step(others, self.state, rule_of(group), wanted)
