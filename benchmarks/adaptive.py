@@ -1,11 +1,11 @@
-"""What adaptive damping gains: two of the gauntlet's tasks, with it and without.
+"""What damping that follows the run gains: two of the gauntlet's tasks, with it and without.
 
     python -m benchmarks.adaptive --mnist mnist.npz
 
-trains on full batches (``regression``) and large ones (``autoencoder``) with ``MeanDamping`` and
-``AdaptiveDamping``: with the defaults and the gauntlet's schedule, and with steps as Levenberg and
-Marquardt have them, without momentum, bound and schedule. It prints held-out losses at quarters of
-the run, processor seconds, and the ratio at the end, a seed a line.
+trains on full batches (``regression``) and large ones (``autoencoder``) with ``MeanDamping``,
+``AgreementDamping`` and ``AdaptiveDamping``: with the defaults and the gauntlet's schedule, and
+with steps as Levenberg and Marquardt have them, without momentum, bound and schedule. It prints
+held-out losses at quarters of the run, processor seconds, and the ratio at the end, a seed a line.
 """
 
 from __future__ import annotations
@@ -30,8 +30,12 @@ from benchmarks.gauntlet.tasks import TASKS
 from benchmarks.gauntlet.tasks.task import Task
 
 PLAIN = {"momentum": 0.0, "rms_clip": None}
-RULES = {"mean": tekfac.MeanDamping, "adaptive": tekfac.AdaptiveDamping}
-DAMPINGS = "mean:0.3,mean:0.01,mean:0.001,adaptive:0.3"
+RULES = {
+    "mean": tekfac.MeanDamping,
+    "agreement": tekfac.AgreementDamping,
+    "adaptive": tekfac.AdaptiveDamping,
+}
+DAMPINGS = "mean:0.3,mean:0.01,mean:0.001,agreement:0.3,adaptive:0.3"
 
 
 def run(task: Task, seed: int, steps: int, scheduled: bool, settings: Mapping[str, Any]) -> str:
