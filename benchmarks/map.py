@@ -42,7 +42,7 @@ def _default(optimizer: type[torch.optim.Optimizer], name: str) -> float:
 
 LR = _default(tekfac.TEKFAC, "lr")
 ADAMW_LR = _default(torch.optim.AdamW, "lr")
-RATIO = tekfac.MeanDamping().ratio
+RATIO = tekfac.AgreementDamping().ratio
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ MAPS = [
             "damping",
             {
                 f"lr {words}": [
-                    {"lr": LR * factor, "mean_damping": RATIO * other, "power": power}
+                    {"lr": LR * factor, "ratio": RATIO * other, "power": power}
                     for other in FACTORS.values()
                 ]
                 for words, factor in FACTORS.items()

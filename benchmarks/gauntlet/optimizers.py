@@ -68,6 +68,8 @@ def _natural(
 ) -> Optimizer:
     # Of settings that are not given, the method's own defaults, not those tuned for the digits.
     options = arguments(settings)
+    if "ratio" in options:
+        options["damping"] = tekfac.AgreementDamping(options.pop("ratio"))
     # Where the curvature itself divides, the method decides what tables divide by.
     if options.get("power") == 1.0:
         del options["power"]

@@ -345,7 +345,7 @@ def test_a_map_counts_the_cells_near_the_best(
 
     def ends(task: Task, job: Job) -> Result:
         tried.append(job)
-        lr, ratio = job.settings["lr"], job.settings.get("mean_damping", 0.0)
+        lr, ratio = job.settings["lr"], job.settings.get("ratio", 0.0)
         if ratio > 2 and lr > 0.02:
             return Result("diverged", "", [Point(0, 1.0, 0.0, 0.0, 0.0)], 0.0)
         loss = 1.0 if lr > 0.008 else 1.0999 if lr > 0.002 else 1.2
