@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from typing import Any
@@ -110,6 +111,19 @@ def test_as_one_process_with_the_batches_that_there_are(
     for found, state in results:
         close(found, expected, TOLERANCE)
         assert all(torch.equal(value, results[0][0][name]) for name, value in found.items())
+        same_state(state, results[0][1])
+
+
+def test_damping_that_follows_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compared in the tenth step, when one rank has no batch any more, and decided in a later."""
+    monkeypatch.setattr(sys.modules[__name__], "STEPS", 14)
+    shares = shares_of([29, 19], (14, 5))
+    options = {"damping": tekfac.AgreementDamping(decay=0.5, minimum=1e-3), "lr": 1e-3}
+    expected = alone("TEKFAC", shares, False, **options)
+    results = together(2, on_ranks, "TEKFAC", shares, False, options, seconds=SECONDS)
+    for found, state in results:
+        close(found, expected, TOLERANCE)
+        assert state["tekfac"]["agreement"]["since"] > 9
         same_state(state, results[0][1])
 
 
