@@ -107,6 +107,63 @@ def test_normalised_rows_are_exact_but_for_single_directions(kind: str) -> None:
     assert block.trace == pytest.approx(float(truth.trace()), rel=0.1)
 
 
+class Angles(nn.Module):
+    """Cosines between features and one direction for each class: a matrix of its own."""
+
+    def __init__(self, times: float, by_hand: bool) -> None:
+        super().__init__()
+        self.body, self.directions = nn.Linear(6, 48), nn.Parameter(torch.randn(5, 48))
+        self.times, self.by_hand = times, by_hand
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.directions
+        lengths = w.norm(dim=-1, keepdim=True)
+        directions = w / lengths if self.by_hand else F.normalize(w)
+        if self.times == 1:
+            return 8 * F.normalize(self.body(x)) @ directions.T
+        return F.linear(F.normalize(self.body(x)), self.times * directions)
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+@pytest.mark.parametrize("times", [1.0, 8.0])
+def test_directions_of_classes(times: float, by_hand: bool) -> None:
+    torch.manual_seed(0)
+    model = Angles(times, by_hand).double()
+    x, y = torch.randn(9, 6).double(), torch.randint(5, (9,))
+    optimizer = tekfac.EKFAC(model, scale_every=1, scale_examples=None, **EXACT)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    for name, parameters in (
+        ("directions", [model.directions]),
+        ("body", list(model.body.parameters())),
+    ):
+        truth = dense_fisher(single_logits(model, x), parameters)
+        assert optimizer.blocks[name].trace == pytest.approx(float(truth.trace()), rel=0.1)
+
+
+def test_columns_of_one_length_are_left_to_the_first_order_rule() -> None:
+    """A row's gradient is no multiple of what it would be without."""
+
+    class Columns(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.matrix = nn.Linear(6, 4), nn.Parameter(torch.randn(5, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(x) @ F.normalize(self.matrix, dim=0).T
+
+    torch.manual_seed(0)
+    model = Columns()
+    optimizer = tekfac.TEKFAC(model)
+    F.cross_entropy(model(torch.randn(9, 6)), torch.randint(5, (9,))).backward()
+    with pytest.warns(RuntimeWarning, match="DivBackward0"):
+        optimizer.step()
+    assert optimizer.blocks["matrix"].empty
+    assert not optimizer.blocks["body"].empty
+
+
 def test_a_length_of_one_weight_has_that_weights_block() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 3)))

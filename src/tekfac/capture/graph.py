@@ -17,7 +17,8 @@ from torch.utils.hooks import RemovableHandle
 
 from tekfac.capture.reading import Reading
 from tekfac.layers import Layer, StackLayer, View, product_of
-from tekfac.layers.uses import ACCUMULATE, RESHAPES, SPLITS, multiplies, nested
+from tekfac.layers.uses import nested
+from tekfac.layers.view import ACCUMULATE, RESHAPES, SPLITS, multiplies
 from tekfac.numerics import undivided
 from tekfac.ranks.layout import on_mesh
 

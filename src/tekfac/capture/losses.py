@@ -17,7 +17,7 @@ from tekfac.capture.graph import VIEWS
 from tekfac.capture.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from tekfac.capture.outputs import tensors_of
 from tekfac.layers.saved import axis_of
-from tekfac.layers.uses import multiplies
+from tekfac.layers.view import multiplies
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tekfac.layers import Geometry, Layer, LinearLayer, Product, View
-from tekfac.layers.uses import EACH
+from tekfac.layers.view import EACH
 from tekfac.numerics import undivided
 
 

@@ -1,7 +1,7 @@
 """Layer kinds: how a weight is seen as the matrix ``W`` of the paper, and how its uses are found.
 
 A kind is a file with a `Layer` subclass; `assignment` says which weights are of it, `uses` which
-nodes of the autograd graph multiply them.
+nodes of the autograd graph multiply them, `view` what of a weight these see.
 """
 
 from tekfac.layers.assignment import Assignment, Candidate, assign, layer_of
@@ -13,7 +13,8 @@ from tekfac.layers.layer import Form, Layer
 from tekfac.layers.linear import LinearLayer
 from tekfac.layers.sample import Call, Rows, Sample
 from tekfac.layers.stack import StackLayer
-from tekfac.layers.uses import Product, View, product_of, register_product
+from tekfac.layers.uses import Product, product_of, register_product
+from tekfac.layers.view import View
 
 __all__ = [
     "Assignment",

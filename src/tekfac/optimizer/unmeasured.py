@@ -11,7 +11,7 @@ from tekfac.capture.capture import Capture
 from tekfac.capture.graph import CUSTOM, REENTRANT
 from tekfac.checks import first_few
 from tekfac.curvature.blocks import Block
-from tekfac.layers.uses import multiplies
+from tekfac.layers.view import multiplies
 from tekfac.optimizer.events import Events
 from tekfac.ranks.layout import mesh_of
 from tekfac.ranks.ranks import Ranks
