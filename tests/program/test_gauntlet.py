@@ -358,7 +358,8 @@ def test_a_map_counts_the_cells_near_the_best(
     assert len(tried) == 5 + 2 * 25
     assert "| AdamW | lr | 1.2 | 1.2 | 1.2 | 1.1 | 1 |" in shown
     assert "| TEKFAC, power 0.5, lr × 10 | damping | 1 | 1 | 1 | 1 | diverged |" in shown
-    near = "40% of 5, best 1 | 56% of 25, best 1 | 56% of 25, best 1 | 2 |"
+    cell = "56% of 25, best 1, 0% below that of AdamW"
+    near = f"40% of 5, best 1 | {cell} | {cell} | 2 |"
     assert shown.rstrip().endswith(f"| lstm | {near}")
     the_map.main(given)
     assert len(tried) == 5 + 2 * 25, "what is done is not done again"
