@@ -208,10 +208,10 @@ def product_of(
         if weight is not None or (bias is not None and frozen):
             found.append((product, weight, bias))
     for product in products if not found else ():
+        if product.left:
+            continue
         edge = edges[product.weight]
-        view = None if product.left else View.normalised(edge)
-        if view is None and made and not product.left:
-            view = View.made_of(edge, made)
+        view = View.normalised(edge) or (View.made_of(edge, made) if made else None)
         if view is not None:
             # Of the bias the gradient is not scaled as that of the weight is.
             found.append((product, view, None))

@@ -56,7 +56,7 @@ class View:
                         return None
                     member %= len(node.variable)
                 return cls(node.variable, turned, first, rows, member, takers)
-            if name in TURNS or name == "PermuteBackward0":
+            if name in TURNS:
                 # From here on, rows are the parameter's columns.
                 if rows is not None or flat or not _turns(node):
                     return None
@@ -165,10 +165,8 @@ class View:
         if own is None or own.name() != ACCUMULATE or length.next_functions[0][0] is not own:
             return None
         p = own.variable
-        dims = (
-            None if length._saved_dim is None else [axis_of(d) % p.dim() for d in length._saved_dim]
-        )
-        if p.dim() != 2 or dims != [1]:
+        # Without dimensions it is the length of all of it.
+        if p.dim() != 2 or [axis_of(dim) % 2 for dim in length._saved_dim or ()] != [1]:
             return None
         return cls(p, turned, takers=frozenset(takers), made=made, inner=frozenset(inner))
 
@@ -178,7 +176,7 @@ EACH = -1
 
 ACCUMULATE = "torch::autograd::AccumulateGrad"
 SAME = {"ToCopyBackward0", "AliasBackward0", "CloneBackward0", "DetachBackward0"}
-TURNS = {"TBackward0", "NumpyTBackward0", "TransposeBackward0"}
+TURNS = {"TBackward0", "NumpyTBackward0", "TransposeBackward0", "PermuteBackward0"}
 FLATTENS = {
     "ViewBackward0",
     "UnsafeViewBackward0",
@@ -250,7 +248,7 @@ def _by_number(node: Any) -> bool:
 def _unturned(edge: tuple[Any, int]) -> tuple[bool, Any, int]:
     """Whether an operand is another, transposed, and that other one."""
     node, number = edge
-    if node is None or node.name() not in {*TURNS, "PermuteBackward0"} or not _turns(node):
+    if node is None or node.name() not in TURNS or not _turns(node):
         return False, node, number
     return True, *node.next_functions[0]
 

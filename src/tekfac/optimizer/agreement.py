@@ -52,8 +52,11 @@ class Agreement:
         for p, v in zip(known, buffers, strict=True):
             u = directions[p]
             found = torch.stack([(u * v).sum(), u.square().sum(), v.square().sum()]).double()
-            own = self._sums.get(number, torch.zeros_like(found))
-            self._sums[number] = own + wanted.choose(found, 0.0).to(own.device)
+            found, own = wanted.choose(found, 0.0), self._sums.get(number)
+            if own is not None:
+                # A loaded state's are on the host: it is these that move, or the host would wait.
+                found = found + own.to(found.device, non_blocking=True)
+            self._sums[number] = found
 
     def follow(self, step: int, groups: Sequence[dict[str, Any]], ranks: Ranks) -> None:
         """Have damping follow what was compared since the last time.
