@@ -82,6 +82,7 @@ def test_only_a_refresh_of_the_basis_reads_from_the_device(
 ) -> None:
     model = network()
     options: dict[str, Any] = {"nesterov": True, "weight_decay": 0.1, "kl_clip": 1e-3}
+    options["orthogonalize"] = True
     if much_work:
         monkeypatch.setattr(sampling, "SMALL", 0)
         monkeypatch.setattr(sampling, "multiplies_bfloat16", lambda device: True)

@@ -197,6 +197,7 @@ def with_everything(synchronised: bool) -> tuple[dict[str, Tensor], str]:
         **options_of("TEKFAC", damping=tekfac.RelativeDamping(1e-2), lr=0.02),
         kl_clip=1e-3,
         weight_decay=0.01,
+        orthogonalize=True,
     )
     torch.manual_seed(1)
     for _ in range(STEPS):

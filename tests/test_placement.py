@@ -90,7 +90,9 @@ def batches_of(examples: int, steps: int) -> list[Batch]:
 
 
 def made(method: str, called: nn.Module, **options: Any) -> tekfac.NaturalGradient:
-    return getattr(tekfac, method)(called, **options_of(method, **options))  # type: ignore
+    # One method's steps need all of a layer's momentum at the rank that holds its block.
+    options = {"orthogonalize": method == "EKFAC", **options_of(method, **options)}
+    return getattr(tekfac, method)(called, **options)  # type: ignore[no-any-return]
 
 
 def placed(

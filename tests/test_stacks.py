@@ -62,7 +62,9 @@ def check_near(found: list[Tensor], expected: list[Tensor]) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"power": 0.5}, {"kl_clip": 1e-3}, {"storage": torch.float32}], ids=str
+    "options",
+    [{}, {"power": 0.5}, {"kl_clip": 1e-3}, {"orthogonalize": True}, {"storage": torch.float32}],
+    ids=str,
 )
 @pytest.mark.parametrize("method", METHODS)
 def test_the_same_as_each_by_itself(

@@ -285,6 +285,7 @@ def with_everything() -> tuple[dict[str, Tensor], list[float]]:
         logits = loss_parallel
     damping = tekfac.AdaptiveDamping(every=2)
     options = options_of("TEKFAC", damping=damping, weight_decay=0.01, kl_clip=1e-3)
+    options["orthogonalize"] = True
     optimizer = tekfac.TEKFAC(model, **options)
     data, ratios = batches(8, 8), []
     for number in range(0, len(data), 2):

@@ -157,6 +157,7 @@ def test_only_a_refresh_of_the_basis_waits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     options: dict[str, Any] = {"nesterov": True, "weight_decay": 0.1, "kl_clip": 1e-3}
+    options["orthogonalize"] = True
     options["damping"] = TraceDamping() if method in TRACED else RelativeDamping(1e-2)
     if much_work:
         monkeypatch.setattr(sampling, "SMALL", 0)

@@ -24,6 +24,7 @@ class Common(TypedDict, total=False):
     weight_decay: float
     power: float | None
     rms_clip: float | None
+    orthogonalize: bool
     fisher: str
     likelihood: str | Likelihood | Sequence[str | Likelihood]
     mc_samples: int

@@ -24,7 +24,7 @@ def check_group(group: Mapping[str, Any], trace_damping: bool, method: str) -> N
         method: its name.
 
     Raises:
-        TypeError: for a damping that is no rule.
+        TypeError: for a damping that is no rule, or something else than True or False.
         ValueError: for any other setting.
     """
     check_not_negative("lr", group["lr"])
@@ -34,6 +34,8 @@ def check_group(group: Mapping[str, Any], trace_damping: bool, method: str) -> N
         check_fraction("power", group["power"])
     if group["rms_clip"] is not None:
         check_positive("rms_clip", group["rms_clip"])
+    if not isinstance(group["orthogonalize"], bool):
+        raise TypeError(f"orthogonalize must be True or False, got {group['orthogonalize']!r}")
     check_damping(group["damping"], trace_damping=trace_damping, method=method)
 
 

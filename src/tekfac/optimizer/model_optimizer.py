@@ -159,7 +159,7 @@ class ModelOptimizer(torch.optim.Optimizer):
 
         Args:
             param_group: a dict with "params" and any of "lr", "momentum", "nesterov",
-                "weight_decay", "damping", "power" and "rms_clip".
+                "weight_decay", "damping", "power", "rms_clip" and "orthogonalize".
 
         Raises:
             TypeError: if it is no dict with "params", or holds something that is no parameter.
@@ -379,6 +379,7 @@ class ModelOptimizer(torch.optim.Optimizer):
             # Not there in older states.
             group.setdefault("power", 1.0)
             group.setdefault("rms_clip", None)
+            group.setdefault("orthogonalize", False)
         if closed is not None:  # unpickled or copied, not load_state_dict
             self._capture = None
             if not closed:

@@ -98,22 +98,25 @@ def within_rms(naturals: Mapping[str, Tensor], blocks: Mapping[str, Block]) -> d
     return result
 
 
-def step_along(
+def accumulate(
     directions: Mapping[Tensor, Tensor],
     state: Mapping[Tensor, dict[str, Any]],
     group: Mapping[str, Any],
     wanted: Verdict,
-) -> None:
-    """``v ← momentum · v + u``, ``θ ← θ − lr · v`` (3.9), for natural gradients ``u``.
+) -> dict[Tensor, Tensor]:
+    """``v ← momentum · v + u`` (3.9), for natural gradients ``u``.
 
     Args:
         directions: ``u`` of parameters of one group, or of this rank's parts of them.
         state: a dict for each of them, where ``v`` is kept.
         group: its settings.
-        wanted: whether to take the step at all.
+        wanted: whether the step is taken at all.
+
+    Returns:
+        What to step along, ``v``, or ``u + momentum · v`` with Nesterov's momentum.
     """
     if not directions:
-        return
+        return {}
     params = list(directions)
     steps = _zero_unless(wanted, list(directions.values()))
     if group["momentum"]:
@@ -125,7 +128,17 @@ def step_along(
             torch._foreach_add_(steps, buffers, alpha=group["momentum"])
         else:
             steps = buffers
-        steps = _zero_unless(wanted, steps)
+    return dict(zip(params, steps, strict=True))
+
+
+def step_along(
+    directions: Mapping[Tensor, Tensor], group: Mapping[str, Any], wanted: Verdict
+) -> None:
+    """``θ ← θ − lr · v`` (3.9), for parameters of one group, or this rank's parts of them."""
+    if not directions:
+        return
+    params = list(directions)
+    steps = _zero_unless(wanted, list(directions.values()))
     decay_weights(params, group, wanted)
     torch._foreach_add_(local(params), steps, alpha=-float(group["lr"]))
 

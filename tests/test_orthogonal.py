@@ -1,0 +1,172 @@
+"""Orthogonalized steps, against singular value decompositions in float64."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import reference
+import tekfac
+from harness import METHODS, NETWORKS, SideBySide, batch
+from tekfac.optimizer import orthogonal
+from tekfac.optimizer.orthogonal import orthogonalized
+
+SHAPES = [(1, 8, 20), (3, 20, 8), (2, 16, 16), (4, 1, 9), (1, 12, 1)]
+
+
+def spread(shape: tuple[int, int, int]) -> Tensor:
+    """Matrices whose singular values are spread over two decades."""
+    u, s, v = torch.linalg.svd(torch.randn(shape, dtype=torch.float64), full_matrices=False)
+    return u @ torch.diag_embed(torch.logspace(0, -2, s.shape[-1]).expand_as(s).double()) @ v
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-12, 1e12])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_singular_vectors_stay_and_singular_values_become_alike(
+    shape: tuple[int, int, int], size: float
+) -> None:
+    torch.manual_seed(0)
+    matrix = spread(shape)
+    u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+    found = u.mT @ orthogonalized({"layer": matrix * size})["layer"] @ v.mT
+    values = found.diagonal(dim1=1, dim2=2)
+    torch.testing.assert_close(found, torch.diag_embed(values), rtol=0, atol=1e-9)
+    assert (values.amax(dim=1) / values.amin(dim=1)).max() < 2
+    # All the matrix: nothing is left outside its own singular vectors.
+    torch.testing.assert_close(
+        found.square().sum(dim=(1, 2)), torch.full((shape[0],), float(shape[1] * shape[2])).double()
+    )
+
+
+def test_layers_of_one_shape_are_made_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    shapes = {"a": (1, 4, 6), "b": (3, 4, 6), "c": (1, 6, 4), "d": (1, 4, 6)}
+    matrices = {name: torch.randn(shape).double() for name, shape in shapes.items()}
+    calls = []
+    polar = orthogonal._polar
+    monkeypatch.setattr(
+        orthogonal, "_polar", lambda joined: calls.append(len(joined)) or polar(joined)
+    )
+    found = orthogonalized(matrices)
+    assert sorted(calls) == [1, 5]
+    for name, matrix in matrices.items():
+        torch.testing.assert_close(found[name], reference.orthogonal(matrix), rtol=1e-9, atol=1e-9)
+
+
+def test_nothing_stays_nothing() -> None:
+    assert not orthogonalized({"layer": torch.zeros(2, 3, 4)})["layer"].any()
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_in_float32(fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(orthogonal, "multiplies_bfloat16", lambda device: fast)
+    torch.manual_seed(0)
+    matrix = spread((2, 30, 50))
+    found = orthogonalized({"layer": matrix.float()})["layer"]
+    expected = reference.orthogonal(matrix)
+    assert found.dtype == torch.float32
+    error = torch.linalg.vector_norm(found - expected) / torch.linalg.vector_norm(expected)
+    assert error < (0.05 if fast else 1e-4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"momentum": 0.0, "rms_clip": None},
+        {"momentum": 0.9, "rms_clip": 1.0},
+        {"momentum": 0.9, "rms_clip": 0.2, "nesterov": True, "power": 0.5, "weight_decay": 0.1},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("method", METHODS)
+def test_against_the_reference(method: str, network: str, options: dict[str, Any]) -> None:
+    torch.manual_seed(3)
+    pair = SideBySide(
+        NETWORKS[network](), method, orthogonalize=True, lr=1e-2, damping=reference.Mean(0.3),
+        **options,
+    )  # fmt: skip
+    for _ in range(3):
+        pair.step(*batch(network, 6))
+        pair.check_parameters()
+
+
+class Tagger(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(7, 4)
+        self.norm = nn.LayerNorm(4)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.head(self.norm(self.table(x)))
+        return result
+
+
+def changes(model: nn.Module, params: Any = None, **options: Any) -> dict[str, Tensor]:
+    """What one step does to each parameter; ``params`` gives groups of a model."""
+    torch.manual_seed(1)
+    model = copy.deepcopy(model)
+    if params is not None:
+        options["params"] = params(model)
+    optimizer = tekfac.TEKFAC(model, **options)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    x, y = torch.randint(7, (20,)), torch.randint(3, (20,))
+    F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    return {name: p.detach() - before[name] for name, p in model.named_parameters()}
+
+
+def test_tables_and_first_order_parameters_move_as_before() -> None:
+    torch.manual_seed(0)
+    model = Tagger().double()
+    plain, orthogonal = changes(model), changes(model, orthogonalize=True)
+    for name in ("table.weight", "norm.weight", "norm.bias"):
+        assert plain[name].any()
+        assert torch.equal(plain[name], orthogonal[name]), name
+    whole = torch.cat([orthogonal["head.weight"], orthogonal["head.bias"][:, None]], dim=1)
+    # Three logits, whose mean no step changes: two singular values.
+    first, second, third = torch.linalg.svdvals(whole)
+    assert first / second < 2
+    assert third < 1e-9 * first
+    torch.testing.assert_close(whole.square().mean().sqrt(), torch.tensor(5e-3).double())
+
+
+def test_a_group_of_its_own() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    plain, orthogonal = changes(model), changes(model, orthogonalize=True)
+    mixed = changes(
+        model,
+        params=lambda copied: [
+            {"params": [*copied[0].parameters(), *copied[3].parameters()]},
+            {"params": copied[1].parameters(), "orthogonalize": True},
+        ],
+    )
+    assert not torch.equal(plain["3.weight"], orthogonal["3.weight"])
+    for name, change in mixed.items():
+        expected = orthogonal if name.startswith("1") else plain
+        torch.testing.assert_close(change, expected[name])
+
+
+def test_states_from_before_it_go_on_as_they_were() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    optimizer = tekfac.TEKFAC(model)
+    state = optimizer.state_dict()
+    for group in state["param_groups"]:
+        del group["orthogonalize"]
+    other = tekfac.TEKFAC(copy.deepcopy(model), orthogonalize=True)
+    other.load_state_dict(state)
+    assert other.param_groups[0]["orthogonalize"] is False
+
+
+@pytest.mark.parametrize("value", ["yes", 1, None])
+def test_it_is_true_or_false(value: Any) -> None:
+    with pytest.raises(TypeError, match=f"^orthogonalize must be True or False, got {value!r}$"):
+        tekfac.TEKFAC(nn.Linear(4, 3), orthogonalize=value)
