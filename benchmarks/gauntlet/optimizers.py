@@ -111,7 +111,10 @@ class Contender:
         return len(self.grid) > 1
 
 
-NATURAL_GRID = grid(lr=(5e-3, 1e-2, 2e-2), power=(0.5, 1.0))
+NATURAL = ("kfac", "ekfac", "tkfac", "tekfac")
+NATURAL_GRID = grid(
+    lr=(2e-3, 4e-3, 8e-3), weight_decay=(0.3, 1.0), power=(0.5,), orthogonalize=(True,)
+)
 
 
 def _natural_contender(method: type[tekfac.NaturalGradient], cost: float) -> Contender:
@@ -170,10 +173,14 @@ TASK_GRIDS: dict[tuple[str, str], Sequence[Settings]] = {
     ("autoencoder", "sgd"): grid(lr=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)),
     # Full batches bear long steps.
     ("regression", "adamw"): grid(lr=(1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)),
-    # Without noise, damping is the question.
+    # Without noise, damping is the question, and steps are to be as short as curvature says.
     **{
         ("regression", method): grid(lr=(5e-3, 1e-2, 3e-2), damping_rule=("agreement", "adaptive"))
-        for method in ("kfac", "ekfac", "tkfac", "tekfac")
+        for method in NATURAL
+    },
+    # Layers are wider than batches are large: to orthogonalize them takes four times a step.
+    **{
+        ("autoencoder", method): grid(lr=(5e-3, 1e-2, 2e-2), power=(0.5, 1.0)) for method in NATURAL
     },
     # Steps that the pretrained weights survive.
     ("finetuning", "sgd"): grid(lr=(3e-3, 0.01, 0.03, 0.06, 0.12, 0.25)),

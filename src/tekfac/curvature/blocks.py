@@ -125,6 +125,8 @@ class Block(Approximation):
         """What the layer takes in every step, in multiplications (`tekfac.curvature.costs`)."""
         d_in, d_out = self.layer.d_in, self.layer.d_out
         own = costs.preconditioning(d_in, d_out, *self.kept)
+        if self.orthogonal:
+            own += costs.orthogonalization(d_in, d_out)
         return self.work + self.groups * own + costs.CALLS
 
     @property

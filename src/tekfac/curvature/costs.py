@@ -27,6 +27,12 @@ def preconditioning(d_in: int, d_out: int, k_in: int, k_out: int) -> int:
     return d_in * d_out * (2 * (k_in + k_out) + UPDATED)
 
 
+def orthogonalization(d_in: int, d_out: int) -> int:
+    """Five of `optimizer.orthogonal`'s iterations: three products each."""
+    short, long = sorted((d_in, d_out))
+    return 5 * short * short * (2 * long + short)
+
+
 def eigenvectors(d: int, k: int) -> int:
     """All eigenvectors of a ``d × d`` matrix, or the leading ``k < d`` by `linalg.leading`."""
     if k < d:

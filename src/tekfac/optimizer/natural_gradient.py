@@ -102,9 +102,10 @@ class NaturalGradient(ModelOptimizer):
             is ``rms_clip``, or 1 without: a step along all singular directions alike, in place of
             one that goes along the few loudest. Every step is then as long as ``lr`` says. With
             ``power=1/2``, little damping and ``lr`` of 1e-3 to 8e-3 it is by far the best that we
-            know for transformers (benchmarks/README.md). It takes twenty multiplications for each
-            of the matrix's entries and of its shorter side's length in every step, which is much
-            where layers are wide and batches small. Tables that are looked up step as before.
+            know for transformers (benchmarks/README.md). In every step it takes ten to fifteen
+            multiplications for each entry times the matrix's shorter side, which is much where
+            layers are wide and batches small: a forward and a backward pass take three for each
+            entry and row. Tables that are looked up step as before.
         fisher: labels for the statistics. "mc": drawn from the model's predictive distribution
             (paper, 2.1). "exact": the expectation over all labels, one extra backward pass per
             class. "empirical": the data's own labels and the user's own loss, which is another
