@@ -166,6 +166,25 @@ def test_states_from_before_it_go_on_as_they_were() -> None:
     assert other.param_groups[0]["orthogonalize"] is False
 
 
+def test_a_state_has_it() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    other = tekfac.TEKFAC(copy.deepcopy(model))
+    other.load_state_dict(tekfac.TEKFAC(model, orthogonalize=True).state_dict())
+    assert other.param_groups[0]["orthogonalize"] is True
+
+
+def test_a_bound_that_it_would_undo_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
+    words = "^kl_clip=0.001 bounds natural gradients, of whose length orthogonalized steps keep"
+    with pytest.raises(ValueError, match=words):
+        tekfac.TEKFAC(model, kl_clip=1e-3, orthogonalize=True)
+    optimizer = tekfac.TEKFAC(model, kl_clip=1e-3, params=[{"params": model[0].parameters()}])
+    with pytest.raises(ValueError, match=words):
+        optimizer.add_param_group({"params": model[1].parameters(), "orthogonalize": True})
+    assert len(optimizer.param_groups) == 1
+
+
 @pytest.mark.parametrize("value", ["yes", 1, None])
 def test_it_is_true_or_false(value: Any) -> None:
     with pytest.raises(TypeError, match=f"^orthogonalize must be True or False, got {value!r}$"):

@@ -59,7 +59,7 @@ def build(
         options |= {"damping": tekfac.RelativeDamping(0.02)}
     if fisher == "generator":
         options["generator"] = torch.Generator().manual_seed(5)
-    options |= {"power": 0.6, "rms_clip": 0.3, "orthogonalize": True, **given}
+    options |= {"power": 0.6, "rms_clip": 0.3, **given}
     options["fisher"] = "empirical" if fisher == "empirical" else "mc"
     first_order = tekfac.Adam(lr=0.02, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.1)
     return getattr(tekfac, method)(

@@ -188,6 +188,11 @@ def test_as_one_process(method: str, fisher: str, plan: str) -> None:
     check(2, method, plan, fisher=fisher, placement="sharded" if plan == "all" else "auto")
 
 
+def test_orthogonalized() -> None:
+    """The polar factor is that of the whole layer's momentum."""
+    check(2, "TEKFAC", "block", fisher="exact", orthogonalize=True)
+
+
 def test_positions_taken_for_one() -> None:
     """Where ranks have parts of a sequence, the mean is that of all of it."""
     check(2, "TKFAC", "all", fisher="exact", weight_sharing="reduce")
@@ -285,7 +290,6 @@ def with_everything() -> tuple[dict[str, Tensor], list[float]]:
         logits = loss_parallel
     damping = tekfac.AdaptiveDamping(every=2)
     options = options_of("TEKFAC", damping=damping, weight_decay=0.01, kl_clip=1e-3)
-    options["orthogonalize"] = True
     optimizer = tekfac.TEKFAC(model, **options)
     data, ratios = batches(8, 8), []
     for number in range(0, len(data), 2):

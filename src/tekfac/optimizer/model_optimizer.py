@@ -58,6 +58,7 @@ class ModelOptimizer(torch.optim.Optimizer):
     rank: int | None
     storage: torch.dtype | None
     first_order: Adam
+    kl_clip: float | None
 
     _assignment: Assignment
     _blocks: dict[str, Block]
@@ -163,15 +164,22 @@ class ModelOptimizer(torch.optim.Optimizer):
 
         Raises:
             TypeError: if it is no dict with "params", or holds something that is no parameter.
-            ValueError: for a setting out of its range, a parameter that is in a group already, or
-                one of a layer whose block exists and covers only the layer's other parameter.
+            ValueError: for a setting out of its range, ``orthogonalize`` beside ``kl_clip``, a
+                parameter that is in a group already, or one of a layer whose block exists and
+                covers only the layer's other parameter.
             RuntimeError: after `close`.
         """
         if self._blocks:
             self._open()
         param_group = listed(param_group)
         settings = {key: value for key, value in param_group.items() if key != "params"}
-        check_group({**self.defaults, **settings}, self.make_block.trace_damping, self._method)
+        complete = {**self.defaults, **settings}
+        check_group(complete, self.make_block.trace_damping, self._method)
+        if complete["orthogonalize"] and self.kl_clip is not None:
+            raise ValueError(
+                f"kl_clip={self.kl_clip} bounds natural gradients, of whose length orthogonalized "
+                "steps keep nothing: leave out kl_clip or orthogonalize=True"
+            )
         before = len(self.param_groups)
         super().add_param_group(
             completed(

@@ -105,7 +105,7 @@ class NaturalGradient(ModelOptimizer):
             know for transformers (benchmarks/README.md). In every step it takes ten to fifteen
             multiplications for each entry times the matrix's shorter side, which is much where
             layers are wide and batches small: a forward and a backward pass take three for each
-            entry and row. Tables that are looked up step as before.
+            entry and row. Tables that are looked up step as before. Not beside ``kl_clip``.
         fisher: labels for the statistics. "mc": drawn from the model's predictive distribution
             (paper, 2.1). "exact": the expectation over all labels, one extra backward pass per
             class. "empirical": the data's own labels and the user's own loss, which is another
