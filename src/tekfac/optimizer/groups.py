@@ -24,7 +24,7 @@ def check_group(group: Mapping[str, Any], trace_damping: bool, method: str) -> N
         method: its name.
 
     Raises:
-        TypeError: for a damping that is no rule, or something else than True or False.
+        TypeError: for a damping that is no rule, or ``orthogonalize`` neither True nor False.
         ValueError: for any other setting.
     """
     check_not_negative("lr", group["lr"])

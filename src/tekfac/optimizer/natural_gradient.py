@@ -568,12 +568,7 @@ class NaturalGradient(ModelOptimizer):
         if self.kl_clip is not None:
             changes = self._household.tell(kl_changes(naturals, gradients, blocks), blocks)
             naturals = within_kl(naturals, changes, self.kl_clip)
-        found: dict[Tensor, Tensor] = {}
-        for name, natural in within_rms(naturals, blocks).items():
-            layer = blocks[name].layer
-            parts = zip(layer.parameters, layer.split(natural), strict=True)
-            found |= {p: part.to(p.dtype) for p, part in parts if p in covered}
-        directions = self._household.hand_out(found, covered)
+        directions = self._hand_out(within_rms(naturals, blocks), covered)
         compared = (self._timetable.step + 1) % EVERY == 0
         steps: dict[Tensor, Tensor] = {}
         for number, group in enumerate(self.param_groups):
@@ -598,13 +593,23 @@ class NaturalGradient(ModelOptimizer):
         blocks = {name: self._blocks[name] for name in chosen.values()}
         whole = self._household.gather({p: steps[p] for p in chosen}, chosen)
         matrices = {n: b.layer.matrix_of(whole) for n, b in blocks.items() if b.held}
+        sizes = {name: block.group["rms_clip"] for name, block in blocks.items()}
+        found = {
+            name: matrix if sizes[name] is None else matrix * sizes[name]
+            for name, matrix in orthogonalized(matrices).items()
+        }
+        return self._hand_out(found, chosen)
+
+    def _hand_out(
+        self, matrices: Mapping[str, Tensor], covered: Mapping[Tensor, str]
+    ) -> dict[Tensor, Tensor]:
+        """What was found for each layer, where its block is held, by parameter, where it steps."""
         found: dict[Tensor, Tensor] = {}
-        for name, matrix in orthogonalized(matrices).items():
-            layer, size = blocks[name].layer, blocks[name].group["rms_clip"]
-            parts = layer.split(matrix if size is None else matrix * size)
-            together = zip(layer.parameters, parts, strict=True)
-            found |= {p: part.to(p.dtype) for p, part in together if p in chosen}
-        return self._household.hand_out(found, chosen)
+        for name, matrix in matrices.items():
+            layer = self._blocks[name].layer
+            parts = zip(layer.parameters, layer.split(matrix), strict=True)
+            found |= {p: part.to(p.dtype) for p, part in parts if p in covered}
+        return self._household.hand_out(found, covered)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Show the whole signature of a method's constructor, whose common part is ``**common``."""
