@@ -591,11 +591,10 @@ class NaturalGradient(ModelOptimizer):
         if not chosen:
             return {}
         blocks = {name: self._blocks[name] for name in chosen.values()}
-        whole = self._household.gather({p: steps[p] for p in chosen}, chosen)
+        whole = self._household.gather(steps, chosen)
         matrices = {n: b.layer.matrix_of(whole) for n, b in blocks.items() if b.held}
-        sizes = {name: block.group["rms_clip"] for name, block in blocks.items()}
         found = {
-            name: matrix if sizes[name] is None else matrix * sizes[name]
+            name: matrix * (blocks[name].group["rms_clip"] or 1.0)
             for name, matrix in orthogonalized(matrices).items()
         }
         return self._hand_out(found, chosen)

@@ -9,7 +9,7 @@ largest singular value is bounded (Muon: Jordan et al., 2024; Bernstein and Newh
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ def orthogonalized(matrices: Mapping[str, Tensor]) -> dict[str, Tensor]:
         alike.setdefault((matrix.shape[1:], matrix.dtype, matrix.device), []).append(name)
     result: dict[str, Tensor] = {}
     for names in alike.values():
-        found = _polar(_joined([matrices[name] for name in names]))
+        found = _polar(torch.cat([matrices[name] for name in names]))
         result |= zip(names, found.split([len(matrices[name]) for name in names]), strict=True)
     return result
 
@@ -60,10 +60,6 @@ def _polar(matrices: Tensor) -> Tensor:
         x = _normalised(x.to(matrices.dtype))
     x = x * math.sqrt(x.shape[1] * x.shape[2])
     return x if wide else x.mT
-
-
-def _joined(matrices: Sequence[Tensor]) -> Tensor:
-    return matrices[0] if len(matrices) == 1 else torch.cat(list(matrices))
 
 
 def _norms(matrices: Tensor) -> Tensor:

@@ -117,9 +117,9 @@ def accumulate(
     """
     if not directions:
         return {}
-    params = list(directions)
-    steps = _zero_unless(wanted, list(directions.values()))
+    params, steps = list(directions), list(directions.values())
     if group["momentum"]:
+        steps = _zero_unless(wanted, steps)
         momentum_state(params, state)
         buffers = local(state[p]["momentum_buffer"] for p in params)
         multiply(buffers, group["momentum"], wanted)
