@@ -118,7 +118,9 @@ def test_damping_that_follows_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compared in the tenth step, when one rank has no batch any more, and decided in a later."""
     monkeypatch.setattr(sys.modules[__name__], "STEPS", 14)
     shares = shares_of([29, 19], (14, 5))
-    options = {"damping": tekfac.AgreementDamping(decay=0.5, minimum=1e-3), "lr": 1e-3}
+    rule = tekfac.AgreementDamping(decay=0.5, minimum=1e-3)
+    # Which steps are orthogonalized goes by the rows of the largest share.
+    options = {"damping": rule, "lr": 1e-3, "orthogonalize": False}
     expected = alone("TEKFAC", shares, False, **options)
     results = together(2, on_ranks, "TEKFAC", shares, False, options, seconds=SECONDS)
     for found, state in results:

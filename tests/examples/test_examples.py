@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tekfac
+from tekfac.curvature import blocks
 
 torch.set_num_threads(1)
 
@@ -158,8 +159,14 @@ def test_trainer_measures_everything(
     [("gpt2", {}), ("gpt2", {"gradient_accumulation_steps": 2}), ("vit", {}), ("vit", OPTIONS[1])],
 )
 def test_trainer_does_what_a_plain_loop_does(
-    trainer: ModuleType, tmp_path: Path, family: str, options: dict[str, Any]
+    trainer: ModuleType,
+    tmp_path: Path,
+    family: str,
+    options: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # In low precision: rounding, which is not the same in both, would grow to a thousandth.
+    monkeypatch.setattr(blocks, "ORTHOGONAL_SHARE", 0.0)
     make = trainer.MODELS[family]
 
     def without_dropout() -> nn.Module:  # which would draw in another order

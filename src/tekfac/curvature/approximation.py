@@ -124,14 +124,6 @@ class Approximation(ABC):
         return LOOKED_UP if self.layer.looked_up else MULTIPLIED
 
     @property
-    def orthogonal(self) -> bool:
-        """Whether steps are orthogonalized: as the group says, but those of tables never.
-
-        Of a table a batch has few rows, each of which is to go its own way.
-        """
-        return bool(self.group["orthogonalize"]) and not self.layer.looked_up
-
-    @property
     def eigenvalues(self) -> Tensor:
         """The block's eigenvalues, undamped, ``(d_out, d_in)``, one per coordinate of the basis."""
         self._own_basis()

@@ -16,10 +16,16 @@ from torch import Tensor
 from tekfac.curvature import costs
 from tekfac.curvature.approximation import Approximation
 from tekfac.curvature.basis import Basis
+from tekfac.curvature.damping import AgreementDamping
 from tekfac.curvature.kept import moments_of
 from tekfac.curvature.sampling import factor_reading
 from tekfac.layers import Form, Layer, Sample, as_used
 from tekfac.verdict import YES, Verdict
+
+# Where nothing is said, steps are orthogonalized if that takes at most this part of the passes'
+# multiplications, those of all ranks together, so that a batch divided among ranks is the same as a
+# whole one: of a square matrix of d columns from about 10 d rows on.
+ORTHOGONAL_SHARE = 0.5
 
 # The large parts of a block's state.
 STORED = ("factor.input", "factor.output", "basis.input", "basis.output", "scale")
@@ -72,6 +78,8 @@ class Block(Approximation):
         """Rows that an example has in this layer, as seen when a basis was last due."""
         self.observed = True
         """Whether samples are taken here, and not by another rank that sees the same batches."""
+        self.batches = 1
+        """Ranks that see batches of their own."""
         self.pending = False
         self._units: Tensor | float = 0
         self._terms: Tensor | float = 0.0
@@ -121,13 +129,37 @@ class Block(Approximation):
         return self.empty and not self.factors.empty
 
     @property
+    def orthogonal(self) -> bool:
+        """Whether steps are orthogonalized: as the group says, but those of tables never.
+
+        Of a table a batch has few rows, each of which is to go its own way. A group that says None
+        has it where it takes little, and where steps differ: those that agree are to become as
+        short as the curvature says.
+        """
+        if self.layer.looked_up:
+            return False
+        given: bool | None = self.group["orthogonalize"]
+        if given is not None:
+            return given
+        rule = self.group["damping"]
+        return (
+            isinstance(rule, AgreementDamping)
+            and rule.follows(self.group)
+            and rule.ratio == rule.maximum
+            and self._orthogonalization <= ORTHOGONAL_SHARE * self.work * self.batches
+        )
+
+    @property
+    def _orthogonalization(self) -> int:
+        """What it takes to orthogonalize a step, in multiplications."""
+        return self.groups * costs.orthogonalization(self.layer.d_in, self.layer.d_out)
+
+    @property
     def step_cost(self) -> int:
         """What the layer takes in every step, in multiplications (`tekfac.curvature.costs`)."""
-        d_in, d_out = self.layer.d_in, self.layer.d_out
-        own = costs.preconditioning(d_in, d_out, *self.kept)
-        if self.orthogonal:
-            own += costs.orthogonalization(d_in, d_out)
-        return self.work + self.groups * own + costs.CALLS
+        own = costs.preconditioning(self.layer.d_in, self.layer.d_out, *self.kept)
+        orthogonalization = self._orthogonalization if self.orthogonal else 0
+        return self.work + self.groups * own + orthogonalization + costs.CALLS
 
     @property
     def refresh_cost(self) -> int:

@@ -6,7 +6,7 @@ A rule is a class in this file, or anywhere: a `DampingRule` with its numbers an
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -224,6 +224,10 @@ class AgreementDamping(_MovingDamping):
         if self.maximum is None:
             object.__setattr__(self, "maximum", self.ratio)
         self._check()
+
+    def follows(self, group: Mapping[str, Any]) -> bool:
+        """Whether it goes by the steps of a parameter group with these settings."""
+        return group["momentum"] > 0 and group["rms_clip"] is not None
 
     def after(self, agreement: float, steps: int) -> AgreementDamping:
         """The rule that follows so many steps with this ``c``; the same where that is nan."""

@@ -45,7 +45,8 @@ class Agreement:
             state: what holds each parameter's ``v``.
             wanted: whether the step is taken.
         """
-        if not isinstance(group["damping"], AgreementDamping) or group["rms_clip"] is None:
+        rule = group["damping"]
+        if not (isinstance(rule, AgreementDamping) and rule.follows(group)):
             return
         known = [p for p in directions if "momentum_buffer" in state[p]]
         buffers = local(state[p]["momentum_buffer"] for p in known)

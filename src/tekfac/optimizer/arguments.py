@@ -24,7 +24,7 @@ class Common(TypedDict, total=False):
     weight_decay: float
     power: float | None
     rms_clip: float | None
-    orthogonalize: bool
+    orthogonalize: bool | None
     fisher: str
     likelihood: str | Likelihood | Sequence[str | Likelihood]
     mc_samples: int

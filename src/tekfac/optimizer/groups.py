@@ -24,7 +24,7 @@ def check_group(group: Mapping[str, Any], trace_damping: bool, method: str) -> N
         method: its name.
 
     Raises:
-        TypeError: for a damping that is no rule, or ``orthogonalize`` neither True nor False.
+        TypeError: for a damping that is no rule, or ``orthogonalize`` none of True, False and None.
         ValueError: for any other setting.
     """
     check_not_negative("lr", group["lr"])
@@ -34,8 +34,10 @@ def check_group(group: Mapping[str, Any], trace_damping: bool, method: str) -> N
         check_fraction("power", group["power"])
     if group["rms_clip"] is not None:
         check_positive("rms_clip", group["rms_clip"])
-    if not isinstance(group["orthogonalize"], bool):
-        raise TypeError(f"orthogonalize must be True or False, got {group['orthogonalize']!r}")
+    if not isinstance(group["orthogonalize"], bool | None):
+        raise TypeError(
+            f"orthogonalize must be True, False or None, got {group['orthogonalize']!r}"
+        )
     check_damping(group["damping"], trace_damping=trace_damping, method=method)
 
 

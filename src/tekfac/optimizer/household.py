@@ -81,6 +81,7 @@ class Household:
         takers = divided([*sizes.values()], [range(count)] * len(sizes), [0] * count)
         for name, taker in zip(sizes, takers, strict=True):
             blocks[name].observed = taker == self.lane.number
+            blocks[name].batches = self.ranks.batches
 
     # -- agreement ---------------------------------------------------------------------------------
 

@@ -100,12 +100,15 @@ class NaturalGradient(ModelOptimizer):
         orthogonalize: step along the polar factor ``U Vᵀ`` of what a layer would step along,
             ``U S Vᵀ``, as Muon does (`optimizer.orthogonal`), scaled so that its root mean square
             is ``rms_clip``, or 1 without: a step along all singular directions alike, in place of
-            one that goes along the few loudest. Every step is then as long as ``lr`` says. With
-            ``power=1/2``, little damping and ``lr`` of 1e-3 to 8e-3 it is by far the best that we
-            know for transformers (benchmarks/README.md). In every step it takes ten to fifteen
-            multiplications for each entry times the matrix's shorter side, which is much where
-            layers are wide and batches small: a forward and a backward pass take three for each
-            entry and row. Tables that are looked up step as before. Not beside ``kl_clip``.
+            one that goes along the few loudest. Every step is then as long as ``lr`` says. In every
+            step it takes ten to fifteen multiplications for each entry times the matrix's shorter
+            side; a forward and a backward pass take three for each entry and row. None, the
+            default, orthogonalizes each layer for which that is at most half of these (of a
+            square one of d columns that sees about 10 d rows in a step), as it was better on all
+            such of our tasks (benchmarks/README.md). It is left where steps agree, as
+            `AgreementDamping` finds; with another rule of damping, without momentum or
+            ``rms_clip``, and with ``kl_clip``, None is False. Tables that are looked up always step
+            as they are. True is refused beside ``kl_clip``.
         fisher: labels for the statistics. "mc": drawn from the model's predictive distribution
             (paper, 2.1). "exact": the expectation over all labels, one extra backward pass per
             class. "empirical": the data's own labels and the user's own loss, which is another
@@ -213,7 +216,7 @@ class NaturalGradient(ModelOptimizer):
         damping: Damping = AgreementDamping(),
         power: float | None = None,
         rms_clip: float | None = 1.0,
-        orthogonalize: bool = False,
+        orthogonalize: bool | None = None,
         fisher: str = "mc",
         likelihood: str | Likelihood | Sequence[str | Likelihood] = "categorical",
         mc_samples: int = 1,
@@ -576,7 +579,8 @@ class NaturalGradient(ModelOptimizer):
             if compared:
                 self._agreement.note(number, group, along, self.state, wanted)
             steps |= accumulate(along, self.state, group, wanted)
-        steps |= self._orthogonalized(steps, covered)
+        if self.kl_clip is None:  # of whose bound it would leave nothing
+            steps |= self._orthogonalized(steps, covered)
         for group in self.param_groups:
             ready = [p for p in group["params"] if p.grad is not None]
             step_along({p: steps[p] for p in ready if p in steps}, group, wanted)
