@@ -103,9 +103,9 @@ class NaturalGradient(ModelOptimizer):
             one that goes along the few loudest. Every step is then as long as ``lr`` says. In every
             step it takes ten to fifteen multiplications for each entry times the matrix's shorter
             side; a forward and a backward pass take three for each entry and row. None, the
-            default, orthogonalizes each layer for which that is at most half of these (of a
-            square one of d columns that sees about 10 d rows in a step), as it was better on all
-            such of our tasks (benchmarks/README.md). It is left where steps agree, as
+            default, orthogonalizes each layer for which that is at most 0.4 of these (a square one
+            of d columns that sees about 12 d rows in a step), as it was better on all such of our
+            tasks (benchmarks/README.md). It is left where steps agree, as
             `AgreementDamping` finds; with another rule of damping, without momentum or
             ``rms_clip``, and with ``kl_clip``, None is False. Tables that are looked up always step
             as they are. True is refused beside ``kl_clip``.
