@@ -28,7 +28,7 @@ from tekfac.optimizer.first_order import Adam, adam_step
 from tekfac.optimizer.groups import check_group, rule_of
 from tekfac.optimizer.household import Household
 from tekfac.optimizer.model_optimizer import ModelOptimizer
-from tekfac.optimizer.orthogonal import orthogonalized
+from tekfac.optimizer.orthogonal import length_of, orthogonalized
 from tekfac.optimizer.timetable import Timetable
 from tekfac.optimizer.trial import check_closure, trial_of
 from tekfac.optimizer.unmeasured import check_grouped, check_measured, note_unused
@@ -98,17 +98,16 @@ class NaturalGradient(ModelOptimizer):
             clipping of updates (Shazeer and Stern, 2018), with room for the sum that momentum
             makes. None for no bound, as in the paper.
         orthogonalize: step along the polar factor ``U Vᵀ`` of what a layer would step along,
-            ``U S Vᵀ``, as Muon does (`optimizer.orthogonal`), scaled so that its root mean square
-            is ``rms_clip``, or 1 without: a step along all singular directions alike, in place of
-            one that goes along the few loudest. Every step is then as long as ``lr`` says. In every
-            step it takes ten to fifteen multiplications for each entry times the matrix's shorter
-            side; a forward and a backward pass take three for each entry and row. None, the
-            default, orthogonalizes each layer for which that is at most 0.4 of these (a square one
-            of d columns that sees about 12 d rows in a step), as it was better on all such of our
-            tasks (benchmarks/README.md). It is left where steps agree, as
-            `AgreementDamping` finds; with another rule of damping, without momentum or
-            ``rms_clip``, and with ``kl_clip``, None is False. Tables that are looked up always step
-            as they are. True is refused beside ``kl_clip``.
+            ``U S Vᵀ``, as Muon does (`optimizer.orthogonal`): along all singular directions alike,
+            in place of the few loudest. In every step that takes ten to fifteen multiplications for
+            each entry times the matrix's shorter side; a forward and a backward pass take three for
+            each entry and row. True: in all layers, each step with a root mean square of
+            ``rms_clip``, or 1 without, however short it was. None, the default: in layers for which
+            it takes at most 0.4 of a pass (a square one of d columns that sees about 12 d rows in a
+            step), each step at most twice as long as it was, and no longer than ``rms_clip``; not
+            where steps agree, as `AgreementDamping` finds. With another rule of damping, without
+            momentum or ``rms_clip``, and with ``kl_clip``, None is False. Tables that are looked up
+            always step as they are. True is refused beside ``kl_clip``.
         fisher: labels for the statistics. "mc": drawn from the model's predictive distribution
             (paper, 2.1). "exact": the expectation over all labels, one extra backward pass per
             class. "empirical": the data's own labels and the user's own loss, which is another
@@ -598,8 +597,8 @@ class NaturalGradient(ModelOptimizer):
         whole = self._household.gather(steps, chosen)
         matrices = {n: b.layer.matrix_of(whole) for n, b in blocks.items() if b.held}
         found = {
-            name: matrix * (blocks[name].group["rms_clip"] or 1.0)
-            for name, matrix in orthogonalized(matrices).items()
+            name: polar * length_of(matrices[name], blocks[name].group)
+            for name, polar in orthogonalized(matrices).items()
         }
         return self._hand_out(found, chosen)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,12 @@ from tekfac.curvature.sampling import multiplies_bfloat16
 # to between 0.68 and 1.14. That they are not all 1 is of no account; more steps cost more.
 STEPS = 5
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+
+# How much longer a step is made where nothing is said. Its largest singular value is far below that
+# of a step of its length with few large ones, so that it bears more; three times gained more under
+# a learning rate that falls to zero, and lost some transformers at a constant one
+# (benchmarks/README.md).
+LONGER = 2.0
 
 
 def orthogonalized(matrices: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -40,6 +47,21 @@ def orthogonalized(matrices: Mapping[str, Tensor]) -> dict[str, Tensor]:
         found = _polar(torch.cat([matrices[name] for name in names]))
         result |= zip(names, found.split([len(matrices[name]) for name in names]), strict=True)
     return result
+
+
+def length_of(matrix: Tensor, group: Mapping[str, Any]) -> Tensor | float:
+    """The root mean square of the step that takes the place of ``matrix``.
+
+    Args:
+        matrix: what the layer would step along.
+        group: its settings. Where ``orthogonalize`` is True, ``rms_clip``, or 1 without. Where it
+            is None, at most that, and at most `LONGER` times the matrix's own.
+    """
+    longest = group["rms_clip"] or 1.0
+    if group["orthogonalize"]:
+        return float(longest)
+    own: Tensor = torch.linalg.vector_norm(matrix) / math.sqrt(matrix.numel())
+    return (LONGER * own).clamp_max(longest)
 
 
 def _polar(matrices: Tensor) -> Tensor:
