@@ -82,10 +82,14 @@ def test_standard_methods_need_no_optional_package() -> None:
 
 
 def test_defaults_of_the_package_are_what_it_does_by_itself() -> None:
-    moved = step(*make("tekfac-defaults"))
+    made, optimizer = make("tekfac-defaults")
+    moved = step(made, optimizer)
     model = network()
     generator = torch.Generator()
-    alone = step(model, tekfac.TEKFAC(model, generator=generator))
+    own = tekfac.TEKFAC(model, generator=generator)
+    groups = [{**each.param_groups[0], "params": None} for each in (optimizer, own)]
+    assert groups[0] == groups[1]
+    alone = step(model, own)
     for name, change in alone.items():
         assert torch.equal(moved[name], change), name
     # Not the paper's method, which has the same settings but no bound.

@@ -19,6 +19,7 @@ DAMPING_RULES = {
     "factored_damping": tekfac.FactoredDamping,
     "relative_damping": tekfac.RelativeDamping,
     "mean_damping": tekfac.MeanDamping,
+    "agreement_damping": tekfac.AgreementDamping,
 }
 
 # `first_order_lr` is that of all parameters without a curvature block, e.g. of norm layers. In the
@@ -99,7 +100,7 @@ def _of_the_package() -> Values:
         **inspect.signature(tekfac.TEKFAC).parameters,
     }
     own = {key: parameters[key].default for key in TEKFAC.defaults if key in parameters}
-    own["mean_damping"] = own.pop("damping").ratio
+    own["agreement_damping"] = own.pop("damping").ratio
     return {**own, "first_order_lr": parameters["first_order"].default.lr}
 
 

@@ -28,6 +28,9 @@ class Settings(TypedDict, total=False):
     mean_damping: Annotated[
         float, Option("λ of each layer in units of its curvature's own mean (TEKFAC).")
     ]
+    agreement_damping: Annotated[
+        float, Option("The same, falling where steps agree with those before (TEKFAC).")
+    ]
     fc_scale: Annotated[
         float | Literal["auto"],
         Option(
