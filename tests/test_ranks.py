@@ -239,6 +239,31 @@ def test_ways_to_give_the_model(way: str) -> None:
         assert buckets == STEPS
 
 
+def by_tokens(placement: str | None) -> tuple[dict[str, Tensor], bool]:
+    """Parameters, and whether the first layer was orthogonalized by itself."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Flatten(), nn.Linear(168, 3)).double()
+    called = model if placement is None else DistributedDataParallel(model)
+    optimizer = tekfac.TEKFAC(called, fisher="exact", lr=0.05, placement=placement or "auto")
+    x = torch.randn(3, 6, 21, 6, generator=torch.Generator().manual_seed(1)).double()
+    part = slice(None) if placement is None else slice(dist.get_rank(), None, 2)
+    for number in range(3):
+        optimizer.zero_grad()
+        cross_entropy(called(x[number, part]), torch.arange(6)[part] % 3).backward()
+        optimizer.step()
+    return parameters(model), optimizer.blocks["0"].orthogonal
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_the_rows_of_all_ranks_decide_what_is_orthogonalized(placement: str) -> None:
+    # A matrix of 8×7 is from 84 rows on: 126 in all, on either rank 63.
+    expected, orthogonal = by_tokens(None)
+    assert orthogonal
+    for found, orthogonal in together(2, by_tokens, placement):
+        assert orthogonal
+        close(found, expected, TOLERANCE)
+
+
 # -- labels that are drawn -------------------------------------------------------------------------
 
 
