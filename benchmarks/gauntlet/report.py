@@ -331,7 +331,9 @@ def _level_with_best(found: Outcomes) -> bool | None:
     if "tekfac" not in found or len(found) < 2:
         return None
     own = found["tekfac"]
-    best = min(found.values(), key=lambda outcome: outcome.loss)
+    # Not against itself.
+    others = (found[name] for name in found if name != "tekfac-defaults")
+    best = min(others, key=lambda outcome: outcome.loss)
     return own.loss <= best.loss + max(own.deviation, best.deviation) < math.inf
 
 
