@@ -275,8 +275,15 @@ def test_where_nothing_is_said_and_steps_agree() -> None:
     assert block.orthogonal
     for _ in range(50):
         one_more(model, optimizer, 40)
-    assert optimizer.param_groups[0]["damping"].ratio < 0.3
+    [group] = optimizer.param_groups
+    assert group["agreement"] > 0.9
+    assert group["damping"].ratio < 0.3
     assert not block.orthogonal
+    group["agreement"] = 0.0
+    assert not block.orthogonal, "not before damping has risen again"
+    for agreement, orthogonal in ((0.0, True), (0.4, True), (0.6, False)):
+        group |= {"agreement": agreement, "damping": tekfac.AgreementDamping()}
+        assert block.orthogonal == orthogonal
 
 
 def test_a_state_knows_where_nothing_was_said() -> None:

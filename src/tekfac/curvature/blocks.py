@@ -145,7 +145,7 @@ class Block(Approximation):
         return (
             isinstance(rule, AgreementDamping)
             and rule.follows(self.group)
-            and rule.ratio == rule.maximum
+            and rule.differ(self.group)
             and self._orthogonalization <= ORTHOGONAL_SHARE * self.work * self.batches
         )
 

@@ -200,7 +200,8 @@ class AgreementDamping(_MovingDamping):
     and when a basis is due, which is when the host waits for an accelerator anyway, the sums since
     the last one decide: above 0.9 the ratio is multiplied by ``decay`` for each step between, below
     1/2 divided by it. So it is `MeanDamping` itself in training on small batches. The ratio in
-    force, ``optimizer.param_groups[0]["damping"].ratio``, is part of the optimizer's state.
+    force, ``optimizer.param_groups[0]["damping"].ratio``, and the last ``c``, the group's
+    ``"agreement"``, are part of the optimizer's state.
 
     It stays as it is without momentum, of which there is no ``v``, and without ``rms_clip``: the
     bound keeps steps short where little damping makes natural gradients long. What it gains is our
@@ -229,8 +230,12 @@ class AgreementDamping(_MovingDamping):
         """Whether it goes by the steps of a parameter group with these settings."""
         return group["momentum"] > 0 and group["rms_clip"] is not None
 
+    def differ(self, group: Mapping[str, Any]) -> bool:
+        """Whether steps of a group with these settings have not been found to agree."""
+        return self.ratio == self._highest and group.get("agreement", 0.0) <= APART
+
     def after(self, agreement: float, steps: int) -> AgreementDamping:
-        """The rule that follows so many steps with this ``c``; the same where that is nan."""
+        """The rule that follows so many steps with this ``c``."""
         return self._moved(agreement, APART, AGREED, steps)
 
 

@@ -79,8 +79,9 @@ class Agreement:
         for place, (group, _) in enumerate(following):
             dot, own, past = told[3 * place : 3 * place + 3]
             length = math.sqrt(own * past)
-            cosine = dot / length if length > 0 else math.nan
-            group["damping"] = group["damping"].after(cosine, steps)
+            if length > 0:
+                group["agreement"] = dot / length
+                group["damping"] = group["damping"].after(group["agreement"], steps)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers."""
