@@ -281,9 +281,9 @@ def test_where_nothing_is_said_and_steps_agree() -> None:
     assert not block.orthogonal
     group["agreement"] = 0.0
     assert not block.orthogonal, "not before damping has risen again"
-    for agreement, orthogonal in ((0.0, True), (0.4, True), (0.6, False)):
+    for agreement, expected in ((0.0, True), (0.4, True), (0.6, False)):
         group |= {"agreement": agreement, "damping": tekfac.AgreementDamping()}
-        assert block.orthogonal == orthogonal
+        assert block.orthogonal == expected
 
 
 def test_a_state_knows_where_nothing_was_said() -> None:

@@ -144,7 +144,6 @@ class Block(Approximation):
         rule = self.group["damping"]
         return (
             isinstance(rule, AgreementDamping)
-            and rule.follows(self.group)
             and rule.differ(self.group)
             and self._orthogonalization <= ORTHOGONAL_SHARE * self.work * self.batches
         )

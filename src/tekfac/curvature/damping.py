@@ -231,8 +231,9 @@ class AgreementDamping(_MovingDamping):
         return group["momentum"] > 0 and group["rms_clip"] is not None
 
     def differ(self, group: Mapping[str, Any]) -> bool:
-        """Whether steps of a group with these settings have not been found to agree."""
-        return self.ratio == self._highest and group.get("agreement", 0.0) <= APART
+        """Whether it goes by the steps of a group with these settings, and they do not agree."""
+        agreement: float = group.get("agreement", 0.0)
+        return self.follows(group) and self.ratio == self._highest and agreement <= APART
 
     def after(self, agreement: float, steps: int) -> AgreementDamping:
         """The rule that follows so many steps with this ``c``."""
