@@ -256,7 +256,7 @@ def by_tokens(placement: str | None) -> tuple[dict[str, Tensor], bool]:
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_the_rows_of_all_ranks_decide_what_is_orthogonalized(placement: str) -> None:
-    # A matrix of 8×7 is from 84 rows on: 126 in all, on either rank 63.
+    # A matrix of 8×7 is from 101 rows on: 126 in all, on either rank 63.
     expected, orthogonal = by_tokens(None)
     assert orthogonal
     for found, orthogonal in together(2, by_tokens, placement):

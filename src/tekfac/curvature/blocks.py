@@ -24,8 +24,8 @@ from tekfac.verdict import YES, Verdict
 
 # Where nothing is said, steps are orthogonalized if that takes at most this part of the passes'
 # multiplications, those of all ranks together, so that a batch divided among ranks is the same as a
-# whole one: of a square matrix of d columns from about 12 d rows on.
-ORTHOGONAL_SHARE = 0.4
+# whole one: of a square matrix of d columns from about 15 d rows on.
+ORTHOGONAL_SHARE = 1 / 3
 
 # The large parts of a block's state.
 STORED = ("factor.input", "factor.output", "basis.input", "basis.output", "scale")

@@ -103,8 +103,8 @@ class NaturalGradient(ModelOptimizer):
             each entry times the matrix's shorter side; a forward and a backward pass take three for
             each entry and row. True: in all layers, each step with a root mean square of
             ``rms_clip``, or 1 without, however short it was. None, the default: in layers for which
-            it takes at most 0.4 of a pass (a square one of d columns that sees about 12 d rows in a
-            step), each step at most twice as long as it was, and no longer than ``rms_clip``; not
+            it takes at most a third of a pass (a square one of d columns that sees about 15 d rows
+            in a step), each step at most twice as long as it was, and no longer than ``rms_clip``; not
             where steps agree, as `AgreementDamping` finds. With another rule of damping, without
             momentum or ``rms_clip``, and with ``kl_clip``, None is False. Tables that are looked up
             always step as they are. True is refused beside ``kl_clip``.
