@@ -104,10 +104,10 @@ class NaturalGradient(ModelOptimizer):
             each entry and row. True: in all layers, each step with a root mean square of
             ``rms_clip``, or 1 without, however short it was. None, the default: in layers for which
             it takes at most a third of a pass (a square one of d columns that sees about 15 d rows
-            in a step), each step at most twice as long as it was, and no longer than ``rms_clip``; not
-            where steps agree, as `AgreementDamping` finds. With another rule of damping, without
-            momentum or ``rms_clip``, and with ``kl_clip``, None is False. Tables that are looked up
-            always step as they are. True is refused beside ``kl_clip``.
+            in a step), each step at most twice as long as it was, and no longer than ``rms_clip``;
+            not where steps agree, as `AgreementDamping` finds. With another rule of damping,
+            without momentum or ``rms_clip``, and with ``kl_clip``, None is False. Tables that are
+            looked up always step as they are. True is refused beside ``kl_clip``.
         fisher: labels for the statistics. "mc": drawn from the model's predictive distribution
             (paper, 2.1). "exact": the expectation over all labels, one extra backward pass per
             class. "empirical": the data's own labels and the user's own loss, which is another
