@@ -232,7 +232,7 @@ class AgreementDamping(_MovingDamping):
 
     def differ(self, group: Mapping[str, Any]) -> bool:
         """Whether it goes by the steps of a group with these settings, and they do not agree."""
-        agreement: float = group.get("agreement", 0.0)
+        agreement: float = group["agreement"]
         return self.follows(group) and self.ratio == self._highest and agreement <= APART
 
     def after(self, agreement: float, steps: int) -> AgreementDamping:

@@ -65,7 +65,8 @@ def completed(
 
     A group holds both kinds of parameters, so that schedulers see the groups that the user made.
     "lr" is that of the layers; the rule's moves in proportion, from "base_lr", where both are as
-    given. In a group without any layer "lr", "betas" and "eps" are the rule's.
+    given. In a group without any layer "lr", "betas" and "eps" are the rule's. "agreement" is the
+    cosine that `AgreementDamping` goes by.
 
     Args:
         param_group: the user's, as `listed`.
@@ -98,6 +99,7 @@ def completed(
     if not layers:
         group["lr"] = group["first_order"]["lr"]
     group["base_lr"] = group.get("lr", defaults["lr"])
+    group["agreement"] = 0.0
     return group
 
 

@@ -388,6 +388,7 @@ class ModelOptimizer(torch.optim.Optimizer):
             group.setdefault("power", 1.0)
             group.setdefault("rms_clip", None)
             group.setdefault("orthogonalize", False)
+            group.setdefault("agreement", 0.0)
         if closed is not None:  # unpickled or copied, not load_state_dict
             self._capture = None
             if not closed:
