@@ -205,12 +205,10 @@ class Pooled(nn.Module):
         return result
 
 
-def pooled(number: int, params: Any = None, **options: Any) -> tuple[nn.Module, tekfac.TEKFAC]:
+def pooled(number: int, **options: Any) -> tuple[Pooled, tekfac.TEKFAC]:
     """After a step on 4 examples of so many tokens."""
     torch.manual_seed(0)
     model = Pooled().double()
-    if params is not None:
-        options["params"] = params(model)
     optimizer = tekfac.TEKFAC(model, **options)
     one_more(model, optimizer, number)
     return model, optimizer

@@ -134,7 +134,7 @@ class Block(Approximation):
 
         Of a table a batch has few rows, each of which is to go its own way. A group that says None
         has it where it takes little, and where steps differ: those that agree are to become as
-        short as the curvature says.
+        short as the curvature says. (Beside ``kl_clip``, which a block does not know, none is.)
         """
         if self.layer.looked_up:
             return False

@@ -236,7 +236,7 @@ class AgreementDamping(_MovingDamping):
         return self.follows(group) and self.ratio == self._highest and agreement <= APART
 
     def after(self, agreement: float, steps: int) -> AgreementDamping:
-        """The rule that follows so many steps with this ``c``."""
+        """The rule that follows so many steps with this ``c``; the same where that is nan."""
         return self._moved(agreement, APART, AGREED, steps)
 
 
